@@ -1,0 +1,72 @@
+"""Train or evaluate a network. `python main_base.py --help` lists the flags, README.md the ways to start it."""
+import sys
+
+import torch
+
+from models import create_model
+from utils import checkpoint, distributed, setup
+from utils.args import base_parser, check
+from utils.data import Prepare, load_data
+from utils.engine import Supervised, evaluate, train_one_epoch
+from utils.optim import make_ema, make_optimizer, total_epochs
+from utils.randomness import seed_everything
+from utils.run import Run
+
+
+def main():
+    parser = base_parser('Train or evaluate a network.')
+    args = check(parser, parser.parse_args())
+    distributed.launch(worker, args)
+
+
+def worker(args, device):
+    setup.configure(args)
+    run = Run(args)
+
+    # data
+    train, valid, classes = load_data(args, run.seed)
+    outputs = args.num_classes or len(classes)
+
+    # network and its weights
+    seed_everything(run.seed, 'initial weights')
+    student = setup.place(build(args.arch, outputs, args.pretrained), device, args)
+    if args.student_resume:
+        checkpoint.load_weights(student, args.student_resume)
+
+    if args.evaluate:
+        networks = {'student': student}
+        if run.saved and not args.student_resume:
+            checkpoint.fill(student, run.saved, run.origin)
+        elif not (args.student_resume or args.pretrained):
+            distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
+        if args.teacher_resume:
+            networks['teacher'] = setup.place(build(args.teacher_arch, outputs), device, args)
+            checkpoint.load_weights(networks['teacher'], args.teacher_resume)
+        run.report(evaluate(networks, valid, Prepare(args, device), device, args))
+        return
+
+    # what trains it
+    ema = make_ema(student, args)
+    task = distributed.wrap(Supervised(student, args.label_smoothing), device, args)
+    optimizer = make_optimizer(task, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    run.restore(model=student, optimizer=optimizer, scaler=scaler, ema=ema)
+    run.announce(student, train, valid)
+
+    # epochs
+    while run.progress['epoch'] < total_epochs(args):
+        train_one_epoch(task, train, Prepare(args, device, outputs), optimizer, scaler, ema, run, device, args)
+        run.end_epoch(evaluate({'student': run.shipped()}, valid, Prepare(args, device), device, args))
+    run.finish()
+
+
+def build(arch, classes, pretrained=False):
+    """A network of models/ or of torchvision, or one line that says why not."""
+    try:
+        return create_model(arch, classes, pretrained)
+    except (ValueError, OSError) as error:  # an unknown name, weights that cannot be downloaded
+        sys.exit(f'error: {arch}: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,137 @@
+"""Deep Residual Learning for Image Recognition. He et al., CVPR 2016.
+
+The stride sits in the 3x3 convolution of a bottleneck ("v1.5"). Parameter names are torchvision's.
+A block returns its residual sum; the network applies the ReLU after it, so that the sum can be seen.
+"""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..features import Features
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, c_in: int, width: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = conv(c_in, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(c_in, width, stride)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(out)) + self.downsample(x)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, c_in: int, width: int, stride: int = 1):
+        super().__init__()
+        c_out = width * self.expansion
+        self.conv1 = conv(c_in, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv(width, c_out, 1)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.downsample = shortcut(c_in, c_out, stride)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out)) + self.downsample(x)
+
+
+class ResNet(nn.Module):
+    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, int, int, int], num_classes: int):
+        super().__init__()
+
+        def stage(c_in: int, width: int, depth: int, stride: int) -> nn.Sequential:
+            rest = (block(width * block.expansion, width) for _ in range(depth - 1))
+            return nn.Sequential(block(c_in, width, stride), *rest)
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = stage(64, 64, depths[0], stride=1)
+        self.layer2 = stage(64 * block.expansion, 128, depths[1], stride=2)
+        self.layer3 = stage(128 * block.expansion, 256, depths[2], stride=2)
+        self.layer4 = stage(256 * block.expansion, 512, depths[3], stride=2)
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.fc
+
+    @property
+    def feature_norms(self) -> list[nn.Module | None]:
+        return [stage[-1].last_norm for stage in self.stages]
+
+    @property
+    def feature_channels(self) -> list[int]:
+        return [norm.num_features for norm in self.feature_norms]
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+
+        preacts, maps = [], []
+        for stage in self.stages:
+            for block in stage:
+                preact = block(x)
+                x = F.relu(preact)
+            if features:
+                preacts.append(preact)
+                maps.append(x)
+
+        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        logits = self.fc(pooled)
+        return Features(logits, pooled, x, preacts, maps) if features else logits
+
+
+def resnet18(num_classes: int = 1000) -> ResNet:
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
+
+
+def resnet34(num_classes: int = 1000) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes)
+
+
+def resnet50(num_classes: int = 1000) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes)
+
+
+def resnet101(num_classes: int = 1000) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes)
+
+
+def resnet152(num_classes: int = 1000) -> ResNet:
+    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes)

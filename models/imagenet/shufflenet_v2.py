@@ -1,0 +1,106 @@
+"""ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design. Ma et al., ECCV 2018.
+
+Parameter names are torchvision's. A block returns its shuffled map before the ReLU and the network applies it: the
+untouched half is the result of a ReLU already, so one over the whole map changes nothing there.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..features import Features
+
+
+def pointwise(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)]
+
+
+def depthwise(channels: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+    return [conv, nn.BatchNorm2d(channels)]
+
+
+class Block(nn.Module):
+    """branch2 sees one half of the channels. Where the map shrinks there is a branch1, and both see all of them."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        shrinks = stride > 1
+        half = c_out // 2
+        self.branch1 = nn.Sequential(*depthwise(c_in, stride), *pointwise(c_in, half)) if shrinks else None
+        self.branch2 = nn.Sequential(
+            *pointwise(c_in if shrinks else half, half), nn.ReLU(),
+            *depthwise(half, stride), *pointwise(half, half),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branch1 is None:
+            left, right = x.chunk(2, dim=1)
+        else:
+            left, right = self.branch1(x), x
+        return F.channel_shuffle(torch.cat([left, self.branch2(right)], dim=1), groups=2)
+
+
+class ShuffleNetV2(nn.Module):
+    def __init__(self, channels: tuple[int, int, int], c_head: int, num_classes: int):
+        super().__init__()
+
+        def stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
+            return nn.Sequential(Block(c_in, c_out, stride=2), *(Block(c_out, c_out, 1) for _ in range(depth - 1)))
+
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24))
+        self.stage2 = stage(24, channels[0], depth=4)
+        self.stage3 = stage(channels[0], channels[1], depth=8)
+        self.stage4 = stage(channels[1], channels[2], depth=4)
+        self.conv5 = nn.Sequential(*pointwise(channels[2], c_head))
+        self.fc = nn.Linear(c_head, num_classes)
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        return [self.stage2, self.stage3, self.stage4]
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.fc
+
+    @property
+    def feature_norms(self) -> list[nn.Module | None]:
+        """None: the halves of a map were normalised in different blocks, no single norm covers it."""
+        return [None for _ in self.stages]
+
+    @property
+    def feature_channels(self) -> list[int]:
+        return [2 * stage[-1].branch2[-1].num_features for stage in self.stages]
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+
+        preacts, maps = [], []
+        for stage in self.stages:
+            for block in stage:
+                preact = block(x)
+                x = F.relu(preact)
+            if features:
+                preacts.append(preact)
+                maps.append(x)
+
+        head = F.relu(self.conv5(x))
+        pooled = F.adaptive_avg_pool2d(head, 1).flatten(1)
+        logits = self.fc(pooled)
+        return Features(logits, pooled, head, preacts, maps) if features else logits
+
+
+def shufflenet_v2_x0_5(num_classes: int = 1000) -> ShuffleNetV2:
+    return ShuffleNetV2((48, 96, 192), 1024, num_classes)
+
+
+def shufflenet_v2_x1_0(num_classes: int = 1000) -> ShuffleNetV2:
+    return ShuffleNetV2((116, 232, 464), 1024, num_classes)
+
+
+def shufflenet_v2_x1_5(num_classes: int = 1000) -> ShuffleNetV2:
+    return ShuffleNetV2((176, 352, 704), 1024, num_classes)
+
+
+def shufflenet_v2_x2_0(num_classes: int = 1000) -> ShuffleNetV2:
+    return ShuffleNetV2((244, 488, 976), 2048, num_classes)

@@ -1,0 +1,132 @@
+"""What the tests share: images, and three ways to run the scripts."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / 'tests' / 'programs'
+sys.path.insert(0, str(ROOT))
+
+import main_base  # noqa: E402
+from utils import signals  # noqa: E402
+
+torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
+
+QUICK = ['--arch', 'shufflenet_v2_x0_5', '--image-size', '32', '-b', '8', '--lr', '0.02', '--seed', '3', '-j', '0',
+         '--no-tensorboard', '--no-accel']
+
+
+def write_images(folder: Path, per_class: int, seed: int, classes=('ant', 'bee', 'cat')):
+    """Noise around a colour for every class."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = np.random.default_rng([seed, number, i]).normal(60 + 60 * number, 40, (40, 48, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f'{i}.jpg', quality=90)
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> Path:
+    """An image folder: 3 classes, 39 training and 15 validation images, so that nothing divides."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', 13, seed=0)
+    write_images(root / 'valid', 5, seed=1)
+    return root
+
+
+class Outcome:
+    """How a run ended. code, out, err; its folder's files on demand."""
+
+    def __init__(self, code, out, err, output):
+        self.code, self.out, self.err, self.folder = code, out, err, Path(output) if output else None
+
+    def weights(self, name='last.pth'):
+        return torch.load(self.folder / name, weights_only=True)
+
+    def json(self, name='result.json'):
+        return json.loads((self.folder / name).read_text())
+
+    def log(self):
+        return [json.loads(line) for line in (self.folder / 'log.jsonl').read_text().splitlines()]
+
+
+def output_of(args):
+    args = list(map(str, args))
+    return args[args.index('--output') + 1] if '--output' in args else None
+
+
+@pytest.fixture
+def base(monkeypatch, capfd):
+    """main_base.py in this process."""
+    def run(*args, quick=True) -> Outcome:
+        args = [*(QUICK if quick else []), *map(str, args)]
+        monkeypatch.setattr(sys, 'argv', ['main_base.py', *args])
+        signals._caught.clear()
+        code = 0
+        try:
+            main_base.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err, output_of(args))
+    return run
+
+
+def environment(**extra):
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': '',
+            **{k: str(v) for k, v in extra.items()}}
+
+
+def start(*command, **extra):
+    """A process of its own, in a process group of its own."""
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment(**extra), start_new_session=True)
+
+
+def script(*args, program=ROOT / 'main_base.py', **extra) -> Outcome:
+    """main_base.py, or a program around it, in a process of its own."""
+    args = [*QUICK, *map(str, args)]
+    process = start(sys.executable, program, *args, **extra)
+    out, _ = process.communicate(timeout=240)
+    return Outcome(process.returncode, out, out, output_of(args))
+
+
+def torchrun(ranks, *args, program=ROOT / 'main_base.py', options=(), **extra) -> Outcome:
+    args = [*QUICK, *map(str, args)]
+    process = start(*torchrun_command(ranks, *options), program, *args, **extra)
+    out, _ = process.communicate(timeout=240)
+    return Outcome(process.returncode, out, out, output_of(args))
+
+
+def torchrun_command(ranks, *options):
+    return [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', ranks,
+            '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0', *options]
+
+
+def assert_same(a: dict, b: dict):
+    """Equal to the bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(scope='module')
+def once():
+    """Do an expensive thing once for all tests of a file: once(name, function)."""
+    done = {}
+
+    def get(name, function):
+        if name not in done:
+            done[name] = function()
+        return done[name]
+    return get

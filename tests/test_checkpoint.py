@@ -1,0 +1,123 @@
+"""Files that survive, weights that fit."""
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+from conftest import PROGRAMS, assert_same, script
+from torch import nn
+
+from utils import checkpoint
+
+
+def content(value: float) -> dict:
+    return {'format': checkpoint.FORMAT, 'model': {'w': torch.full((1000,), value)}}
+
+
+def test_the_newest_valid_file_is_found(tmp_path):
+    path, said = tmp_path / 'checkpoint.pth', []
+    assert checkpoint.newest(path, said.append) == (None, None)
+    for value in (1.0, 2.0, 3.0):
+        checkpoint.save(path, content(value))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint.previous.pth', 'checkpoint.pth']
+    assert checkpoint.newest(path, said.append)[0]['model']['w'][0] == 3 and not said
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'flip', 'empty', 'text', 'pickle'])
+def test_a_damaged_file_is_passed_over_and_named(tmp_path, damage):
+    path, said = tmp_path / 'checkpoint.pth', []
+    checkpoint.save(path, content(1.0))
+    checkpoint.save(path, content(2.0))
+    raw = bytearray(path.read_bytes())
+    if damage == 'flip':  # one bit inside the numbers: torch.load alone would not notice
+        raw[raw.find(torch.full((8,), 2.0).numpy().tobytes()) + 1600] ^= 1
+    path.write_bytes({'truncate': raw[:len(raw) // 2], 'flip': raw, 'empty': b'', 'text': b'hello',
+                      'pickle': pickle.dumps(content(2.0))}[damage])
+    found, origin = checkpoint.newest(path, said.append)
+    assert found['model']['w'][0] == 1 and origin.name == 'checkpoint.previous.pth'
+    assert len(said) == 1 and str(path) in said[0] and 'looking for an older one' in said[0]
+    checkpoint.previous(path).write_bytes(b'')
+    with pytest.raises(SystemExit, match='no valid checkpoint'):
+        checkpoint.newest(path, said.append)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ['EVIL_FOLDER'],)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('EVIL_FOLDER', str(tmp_path / 'evil'))
+    torch.save({'format': 1, 'model': Evil()}, tmp_path / 'a.pth')
+    (tmp_path / 'b.pth').write_bytes(pickle.dumps(Evil()))
+    for name in ('a.pth', 'b.pth'):
+        with pytest.raises(ValueError, match='is refused') as error:
+            checkpoint.read(tmp_path / name)
+        assert '\n' not in str(error.value)
+    assert not (tmp_path / 'evil').exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'checkpoint.pth'
+    checkpoint.save(path, content(1.0))
+    before = path.read_bytes()
+    monkeypatch.setattr(os, 'fsync', lambda f: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(SystemExit, match='No space left on device') as stop:
+        checkpoint.save(path, content(2.0))
+    assert '\n' not in str(stop.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pth']
+
+
+class Net(nn.Sequential):
+    def __init__(self, width=4):
+        super().__init__(nn.Linear(3, width), nn.Linear(width, 2))
+
+
+def layouts(weights):
+    yield weights
+    yield {f'module.{k}': v for k, v in weights.items()}
+    yield {f'_orig_mod.{k}': v for k, v in weights.items()}
+    yield {f'module._orig_mod.{k}': v for k, v in weights.items()}
+    yield {'state_dict': {f'module.{k}': v for k, v in weights.items()}, 'epoch': 3, 'arch': 'net'}
+    yield {'model': weights, 'epoch': 3}
+    yield {'student': weights}
+    average = {'n_averaged': torch.tensor(1), **{f'module.{k}': v for k, v in weights.items()}}
+    yield {'format': 1, 'model': {k: v + 1 for k, v in weights.items()}, 'ema': average}
+
+
+def test_weights_in_any_usual_layout(tmp_path):
+    weights = Net().state_dict()
+    for layout in layouts(weights):
+        torch.save(layout, tmp_path / 'w.pth')
+        net = Net()
+        checkpoint.load_weights(net, tmp_path / 'w.pth')
+        assert_same(net.state_dict(), weights)
+
+
+@pytest.mark.parametrize('weights, complaint', [
+    (Net(5).state_dict(), '0.weight is [5, 3] instead of [4, 3]'),
+    ({**Net().state_dict(), 'extra': torch.zeros(1)}, 'extra is unknown'),
+    ({k: v for k, v in Net().state_dict().items() if k != '1.bias'}, '1.bias is missing'),
+    ({'epoch': 3}, 'holds no state_dict'),
+])
+def test_weights_that_do_not_fit_are_named(tmp_path, weights, complaint):
+    torch.save(weights, tmp_path / 'w.pth')
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.load_weights(Net(), tmp_path / 'w.pth')
+    assert complaint in str(stop.value) and '\n' not in str(stop.value)
+
+
+@pytest.mark.parametrize('crash', ['torch.save 4', 'torch.save 5', 'os.fsync 9', 'os.replace 9', 'os.replace 10',
+                                   'os.replace 11', 'os.replace 12'])
+def test_a_kill_inside_a_save_loses_nothing(images, tmp_path, crash, once):
+    """Killed before, during and after the writes and renames of a save; the same command then ends as if it had not."""
+    args = [images, '--epochs', 2, '--save-every', 1, '--output']
+    whole = once('whole', lambda: script(*args, tmp_path / 'whole'))
+    killed = script(*args, tmp_path / 'run', program=PROGRAMS / 'crash.py', CRASH=crash)
+    assert killed.code == -signal.SIGKILL
+    again = script(*args, tmp_path / 'run')
+    assert again.code == 0, again.out
+    assert 'resumed from' in again.out and 'damaged' not in again.out
+    assert_same(again.weights(), whole.weights())
+    assert [record['valid'] for record in again.log()] == [record['valid'] for record in whole.log()]

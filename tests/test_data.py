@@ -1,0 +1,206 @@
+"""Order, randomness, views, unreadable images."""
+import argparse
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from torchvision import datasets, transforms
+
+from utils import data
+from utils.args import base_parser, check
+from utils.data import Batch, CenterView, Cifar, CropView, Folder, Images, Prepare, ShiftView, shifts
+from utils.order import EvalOrder, TrainOrder
+from utils.randomness import generator, seeded
+
+
+def arguments(*flags) -> argparse.Namespace:
+    parser = base_parser('')
+    return check(parser, parser.parse_args(['--dummy', *flags]))
+
+
+def epoch_of(order, epoch=0, start=0):
+    order.at(epoch, start)
+    return [[index for _, index in batch] for batch in order]
+
+
+@pytest.mark.parametrize('world', [1, 2, 3, 5])
+@pytest.mark.parametrize('batch, accum', [(8, 1), (7, 3), (39, 1), (5, 2)])
+def test_every_world_sees_the_same_samples_in_every_update(world, batch, accum):
+    length = 39
+    alone = TrainOrder(length, batch, accum, seed=1, rank=0, world=1)
+    whole = epoch_of(alone)
+    seen = Counter()
+    ranks = [TrainOrder(length, batch, accum, seed=1, rank=r, world=world) for r in range(world)]
+    for number, shares in enumerate(zip(*[epoch_of(rank) for rank in ranks], strict=True)):
+        (_, micro), position = list(alone.plan())[number // accum], number % accum
+        weights = [rank.weights(micro)[position] for rank in ranks]
+        real = [share for share, weight in zip(shares, weights) if weight]
+        assert sorted(i for share in real for i in share) == sorted(whole[number])
+        seen.update(i for share in real for i in share)
+        # weight * mean over the share, averaged over ranks, is this micro-batch's part of the update's mean
+        size = micro[-1][1] - micro[0][0]
+        for share, weight in zip(shares, weights):
+            assert weight == pytest.approx((len(share) if weight else 0) * world / size)
+    assert seen == Counter(range(length))
+
+
+def test_order_depends_on_seed_and_epoch_and_goes_on_from_any_sample():
+    order = TrainOrder(39, 8, 1, seed=1, rank=0, world=1)
+    flat = [i for batch in epoch_of(order, 2) for i in batch]
+    assert flat == [i for batch in epoch_of(order, 2) for i in batch]
+    assert flat != [i for batch in epoch_of(order, 3) for i in batch]
+    assert flat != [i for batch in epoch_of(TrainOrder(39, 8, 1, 2, 0, 1), 2) for i in batch]
+    assert flat[16:] == [i for batch in epoch_of(order, 2, start=16) for i in batch]
+    assert len(order) == 3 and len(list(order.plan())) == 3
+
+
+@pytest.mark.parametrize('world', [1, 2, 3, 20])
+def test_evaluation_covers_every_sample_once(world):
+    orders = [EvalOrder(15, 4, rank, world) for rank in range(world)]
+    assert Counter(i for order in orders for batch in order for _, i in batch) == Counter(range(15))
+    assert all(len(list(order)) == len(order) for order in orders)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(images):
+    source = Folder(images / 'train')
+    args = arguments('--image-size', '32', '--auto-augment', 'trivialaugment', '--random-erasing', '0.5')
+    dataset = Images(source, CropView(args, seed=5))
+    before = torch.get_rng_state()
+    first = [dataset[(1, i)].images for i in range(6)]
+    assert torch.equal(before, torch.get_rng_state())  # the process's own generators are left alone
+    torch.rand(100)
+    assert all(torch.equal(dataset[(1, i)].images, first[i]) for i in reversed(range(6)))
+    assert not all(torch.equal(dataset[(2, i)].images, first[i]) for i in range(6))
+    other = Images(source, CropView(args, seed=6))
+    assert not all(torch.equal(other[(1, i)].images, first[i]) for i in range(6))
+
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_workers_change_nothing(images, workers):
+    args = arguments('--image-size', '32', '-j', str(workers))
+    train = data.TrainData(Images(Folder(images / 'train'), CropView(args, 5)), TrainOrder(39, 8, 1, 5, 0, 1), args)
+    got = [batch for _, batches in train.updates(1, 8) for _, batch in batches]
+    order = TrainOrder(39, 8, 1, 5, 0, 1)
+    for batch, indices in zip(got, epoch_of(order, 1, 8), strict=True):
+        assert batch.index.tolist() == indices
+        assert torch.equal(batch.images, torch.stack([train.images[(1, i)].images for i in indices]))
+
+
+def test_pixels_are_those_of_the_classic_stack(images):
+    """Our views and Prepare against ImageFolder, ToTensor and Normalize as pytorch/examples has them."""
+    normalize = transforms.Normalize(*data.STATISTICS['imagefolder'])
+    classic = datasets.ImageFolder(images / 'valid', transforms.Compose([
+        transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(), normalize]))
+    ours = Images(Folder(images / 'valid'), CenterView(32))
+    prepare = Prepare(arguments(), torch.device('cpu'))
+    assert [classic.samples[i] == ours.source.samples[i] for i in range(15)] and len(classic) == len(ours) == 15
+    for i in range(15):
+        sample = ours[(0, i)]
+        batch = prepare(Batch(sample.images[None], torch.tensor([0]), torch.tensor([0]), torch.tensor([-1])))
+        assert torch.equal(batch.images[0], classic[i][0]) and sample.target == classic[i][1]
+    crop = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()])
+    view, image = CropView(arguments('--image-size', '32'), seed=9), ours.source.load(3)[0]
+    with seeded(9, 'view', 4, 7):
+        expected = transforms.functional.pil_to_tensor(crop(image))
+    assert torch.equal(view(image, 4, 7), expected)
+
+
+def test_cifar_crop_is_the_table_row():
+    image = torch.arange(3 * 32 * 32).reshape(3, 32, 32).to(torch.uint8)
+    pil = transforms.functional.to_pil_image(image)
+    view = ShiftView(arguments('--dataset', 'cifar10'), seed=1, length=50)
+    padded = np.zeros((3, 40, 40), np.uint8)
+    padded[:, 4:36, 4:36] = image.numpy()
+    rows = set()
+    for index in range(50):
+        row, column, flip = shifts(1, 2, 50)[index].tolist()
+        expected = padded[:, row:row + 32, column:column + 32]
+        expected = expected[:, :, ::-1] if flip else expected
+        assert np.array_equal(view(pil, 2, index).numpy(), expected)
+        rows.add((row, column, flip))
+    assert len(rows) > 30 and all(0 <= r <= 8 and 0 <= c <= 8 for r, c, _ in rows)
+
+
+def test_official_cifar_files(tmp_path, monkeypatch):
+    folder = tmp_path / 'cifar-100-python'
+    folder.mkdir()
+    for name, n in (('train', 20), ('test', 10)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8)
+        content = {'data': pixels, 'fine_labels': [i % 100 for i in range(n)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / 'meta').write_bytes(pickle.dumps({'fine_label_names': [f'class {i:02}' for i in range(100)]}))
+    monkeypatch.setattr(datasets.CIFAR100, '_check_integrity', lambda self: True)
+    monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda *a: True)
+    source = Cifar('cifar100', str(tmp_path), train=True)
+    image, target = source.load(7)
+    expected = np.random.default_rng(20).integers(0, 256, (20, 3072), np.uint8)[7].reshape(3, 32, 32)
+    assert np.array_equal(np.asarray(image).transpose(2, 0, 1), expected) and target == 7
+    assert len(source.classes) == 100 and source.name(7) == 'cifar100 train image 7'
+
+
+def test_seeded_streams_differ_and_repeat():
+    assert torch.rand(3, generator=generator(1, 'a', 0)).tolist() == torch.rand(3, generator=generator(1, 'a', 0)).tolist()
+    draws = [torch.rand(1, generator=generator(*key)).item() for key in ((1, 'a', 0), (1, 'a', 1), (1, 'b', 0), (2, 'a', 0))]
+    assert len(set(draws)) == 4
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """A folder with the six kinds of odd files among good ones: three that can be read and three that cannot."""
+    write_images(tmp_path / 'train', 5, seed=0)
+    write_images(tmp_path / 'valid', 2, seed=1)
+    odd = tmp_path / 'train' / 'bee'
+    photo = (odd / '0.jpg').read_bytes()
+    (odd / 'truncated.jpg').write_bytes(photo[:len(photo) // 2])
+    (odd / 'text.jpg').write_text('this is not an image')
+    (odd / 'empty.jpg').write_bytes(b'')
+    Image.new('L', (40, 40), 77).save(odd / 'grey.jpg')
+    Image.new('CMYK', (40, 40), (10, 200, 30, 40)).save(odd / 'cmyk.jpg')
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(odd / 'deep.png')
+    return tmp_path
+
+
+def test_odd_images_are_read_as_rgb(spoiled):
+    source = Folder(spoiled / 'train')
+    numbers = {source.name(i).rsplit('/', 1)[1]: i for i in range(len(source))}
+    assert np.asarray(source.load(numbers['grey.jpg'])[0]).mean((0, 1)).tolist() == [77, 77, 77]
+    assert np.asarray(source.load(numbers['deep.png'])[0])[0, 0].tolist() == [156] * 3  # 40000 / 256
+    red, green, blue = np.asarray(source.load(numbers['cmyk.jpg'])[0])[0, 0].tolist()
+    assert red > blue > green
+
+
+def test_unreadable_training_images_are_replaced_and_named(spoiled, base, tmp_path):
+    run = base(spoiled, '--epochs', 2, '--output', tmp_path / 'run')
+    assert run.code == 0
+    for name in ('truncated.jpg', 'text.jpg', 'empty.jpg'):
+        assert run.err.count(f'{name} cannot be read') == 1  # once, not once an epoch
+    for name in ('grey.jpg', 'cmyk.jpg', 'deep.png'):
+        assert name not in run.err
+    again = base(spoiled, '--epochs', 2, '--output', tmp_path / 'again', '-j', 2)
+    for key, value in run.weights().items():
+        assert torch.equal(value, again.weights()[key])
+
+
+def test_too_many_unreadable_images_end_the_run(spoiled, base, tmp_path):
+    run = base(spoiled, '--epochs', 2, '--output', tmp_path / 'run', '--max-bad-images', 2)
+    assert run.code == 1 and '3 unreadable images in epoch 0, more than --max-bad-images allows' in run.err
+    assert base(spoiled, '--epochs', 1, '--output', tmp_path / 'b', '--max-bad-images', 3).code == 0
+
+
+def test_replacement_is_the_next_readable_image(spoiled):
+    dataset = Images(Folder(spoiled / 'train'), CenterView(32))
+    numbers = {dataset.source.name(i).rsplit('/', 1)[1]: i for i in range(len(dataset))}
+    sample = dataset[(0, numbers['empty.jpg'])]
+    assert sample.bad == numbers['empty.jpg'] and sample.index == numbers['grey.jpg']
+    assert torch.equal(sample.images, dataset[(0, numbers['grey.jpg'])].images)
+
+
+def test_an_evaluation_never_replaces(spoiled, base, tmp_path):
+    (spoiled / 'valid' / 'cat' / '1.jpg').write_bytes(b'')
+    run = base(spoiled, '-e')
+    assert run.code == 1 and 'cannot evaluate' in run.err and 'cat/1.jpg cannot be read' in run.err
+    assert 'top1' not in run.out

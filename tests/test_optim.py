@@ -1,0 +1,155 @@
+"""Learning rate, optimizers, and the guard in front of them."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from utils.args import base_parser, check
+from utils.guard import Guard
+from utils.meters import Meter
+from utils.optim import learning_rate, make_ema, make_optimizer, total_epochs
+
+
+def arguments(*flags):
+    parser = base_parser('')
+    return check(parser, parser.parse_args(['--dummy', *flags]))
+
+
+def scheduled(args, epochs, *make):
+    """The rates a scheduler of torch gives, epoch by epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], args.lr)
+    schedule = make[0](optimizer, *make[1:])
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_step_schedule_is_pytorch_examples():
+    args = arguments('--epochs', '100')
+    expected = scheduled(args, 100, torch.optim.lr_scheduler.StepLR, 30, 0.1)
+    assert [learning_rate(e, args) for e in range(100)] == pytest.approx(expected)
+    assert learning_rate(29.999, args) == 0.1 and learning_rate(30.0, args) == pytest.approx(0.01)
+
+
+def test_mgd_warmup_grows_by_epochs_and_shifts_the_drops():
+    args = arguments('--epochs', '120', '--lr-drop-epochs', '31', '61', '81', '--warmup', '1')
+    assert total_epochs(args) == 130
+    rates = [learning_rate(e, args) for e in range(130)]
+    assert rates[:12] == pytest.approx([0.1 * (0.1 + 0.09 * e) for e in range(10)] + [0.1, 0.1])
+    assert learning_rate(3.7, args) == rates[3]
+    drops = [e for e in range(1, 130) if rates[e] < rates[e - 1]]
+    assert drops == [41, 71, 91]
+    fine = arguments('--warmup', '--warmup-by', 'iteration')
+    assert learning_rate(3.7, fine) == pytest.approx(0.1 * (0.1 + 0.09 * 3.7))
+
+
+def test_cosine_and_the_others():
+    args = arguments('--epochs', '50', '--schedule', 'cosine')
+    expected = scheduled(args, 50, torch.optim.lr_scheduler.CosineAnnealingLR, 50)
+    assert [learning_rate(e, args) for e in range(50)] == pytest.approx(expected)
+    assert learning_rate(25, arguments('--epochs', '50', '--schedule', 'linear')) == pytest.approx(0.05)
+    assert learning_rate(49, arguments('--epochs', '50', '--schedule', 'constant')) == 0.1
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def test_no_bias_decay_spares_biases_and_norms():
+    model = net()
+    optimizer = make_optimizer(model, arguments('--no-bias-decay', '--wd', '0.5'))
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        '0.weight': 0.5, '0.bias': 0, '1.weight': 0, '1.bias': 0, '2.weight': 0.5, '2.bias': 0}
+
+
+@pytest.mark.parametrize('flags, reference', [
+    ((), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-4)),
+    (('--nesterov',), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)),
+    (('--optimizer', 'adamw'), lambda p: torch.optim.AdamW(p, 0.1, weight_decay=1e-4)),
+])
+def test_updates_are_torchs_and_a_bad_one_does_not_happen(flags, reference):
+    """Four updates, the first and third with a gradient that isn't finite: only the good two count.
+
+    The first is the dangerous one: fused SGD would go on from a momentum buffer it never filled.
+    """
+    ours, theirs = net(), net()
+    optimizer, plain = make_optimizer(ours, arguments(*flags)), reference(theirs.parameters())
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    for step, bad in enumerate([True, False, True, False]):
+        before = copy.deepcopy(ours.state_dict())
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        for model in (ours, theirs):
+            nn.functional.cross_entropy(model(x), torch.arange(8) % 2).backward()
+        if bad:
+            next(ours.parameters()).grad[0, 0] = float('inf')
+        else:
+            plain.step()
+        Guard(torch.device('cpu')).update(optimizer, scaler)
+        plain.zero_grad()
+        for name, p in ours.named_parameters():
+            assert not bad or torch.equal(p, before[name])
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_a_loss_that_is_not_finite_stops_this_and_every_later_update(amp):
+    model, guard = net(), Guard(torch.device('cpu'))
+    optimizer = make_optimizer(model, arguments())
+    scaler = torch.amp.GradScaler('cpu', enabled=amp)
+    before = copy.deepcopy(list(model.parameters()))
+    for factor in (float('inf'), 1.0, 1.0):
+        loss = model(torch.ones(4, 3)).sum() * 0.01 + (0.0 if factor == 1 else factor)
+        scaler.scale(guard.loss(loss)).backward()  # the gradient of loss + inf is finite: the guard has to spoil it
+        guard.update(optimizer, scaler)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+    assert not guard.healthy
+
+
+def test_the_guard_changes_no_bit_of_a_good_step():
+    a, b = net(), net()
+    for model, wrap in ((a, lambda x: x), (b, Guard(torch.device('cpu')).loss)):
+        wrap(model(torch.ones(4, 3)).square().mean()).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_clipping():
+    model, guard = net(), Guard(torch.device('cpu'))
+    optimizer = make_optimizer(model, arguments('--lr', '1', '--wd', '0', '--momentum', '0'))
+    before = copy.deepcopy(list(model.parameters()))
+    (model(torch.randn(4, 3)).square().sum() * 100).backward()
+    norm = guard.update(optimizer, torch.amp.GradScaler('cpu', enabled=False), clip=0.5)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), before)]).norm()
+    assert norm > 0.5 and moved.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_first_trouble_is_reported():
+    meter, index = Meter({}), torch.arange(2)
+    for update, (ce, kd, norm) in enumerate([(1., 1., 1.), (1., float('nan'), float('nan')), (float('inf'), 1., 1.)]):
+        losses = {'ce': torch.tensor(ce), 'kd': torch.tensor(kd)}
+        meter.add(index + 10 * update, torch.tensor([0, 1]), 1.0, torch.eye(2), losses)
+        meter.add_norm(torch.tensor(norm))
+    trouble = meter.read(watch_norms=True)
+    assert trouble == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 1, 'samples': [10, 11]}
+    assert meter.sums['n'] == 6 and meter.sums['top1'] == 6 and meter.sums['loss/ce'] == float('inf')
+
+
+def test_average_of_the_weights():
+    model = net()
+    ema = make_ema(model, arguments('--ema', '0.9'))
+    assert make_ema(model, arguments()) is None
+    expected = [p.detach().clone() for p in model.parameters()]
+    for update in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+        ema.update_parameters(model)
+        share = 0.1 if update else 1.0  # the average starts at the first weights it is shown
+        expected = [(1 - share) * e + share * p.detach() for e, p in zip(expected, model.parameters())]
+    assert all(torch.allclose(a, b) for a, b in zip(ema.module.parameters(), expected))

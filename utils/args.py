@@ -1,0 +1,168 @@
+"""The command line: pytorch/examples' and MGD's flags under their own names, then what a training script has today."""
+import argparse
+import shlex
+
+# What may change between a run and its resume: it says where and how fast to run, not what to compute.
+NEUTRAL = {'workers', 'print_freq', 'resume', 'evaluate', 'overwrite', 'output', 'save_every', 'tensorboard', 'gpu',
+           'world_size', 'rank', 'dist_url', 'dist_backend', 'dist_timeout', 'multiprocessing_distributed',
+           'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch'}
+
+
+class Formatter(argparse.HelpFormatter):
+    """Adds the default where it tells something."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=120)
+
+    def _get_help_string(self, action):
+        told = action.default not in (None, False, '', argparse.SUPPRESS) and 'default' not in (action.help or '')
+        return (action.help or '') + ' (default: %(default)s)' * told
+
+
+class Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):  # of an @file: as in a shell, with comments
+        return shlex.split(line, comments=True)
+
+
+def switch(text: str) -> bool:
+    """A flag that may stand alone or, as in MGD, with 0 or 1 behind it."""
+    if text in ('0', '1'):
+        return text == '1'
+    raise argparse.ArgumentTypeError(f'{text!r} is not 0 or 1 (a folder stands before the flags)')
+
+
+def number(kind, low, high=float('inf'), above=False):
+    """A type for argparse: an int or float with low <= value <= high, or low < value where `above`."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not in {"(" if above else "["}{low}, {high}]')
+        return value
+    parse.__name__ = kind.__name__  # argparse names it in 'invalid int value'
+    return parse
+
+
+count = number(int, 1)
+natural = number(int, 0)
+positive = number(float, 0, above=True)
+nonnegative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def base_parser(description: str) -> argparse.ArgumentParser:
+    parser = Parser(description=description, fromfile_prefix_chars='@', formatter_class=Formatter,
+                    epilog='@FILE in place of arguments reads them from a file, # starts a comment. Exit codes: '
+                           '0 done, 1 an error that one line names, 2 wrong flags, 3 loss or gradient not finite, '
+                           '75 stopped by a signal after saving (the same command goes on).')
+    on = {'nargs': '?', 'const': True, 'default': False, 'type': switch, 'metavar': '0|1'}
+
+    g = parser.add_argument_group('data')
+    g.add_argument('data', metavar='DIR', nargs='?',
+                   help='folder with train/ and valid/ or val/, one folder per class in each; or the root of CIFAR')
+    g.add_argument('--dataset', choices=('imagefolder', 'cifar10', 'cifar100'), default='imagefolder',
+                   help='what DIR holds; the official CIFAR files are downloaded where they are missing')
+    g.add_argument('--num-classes', type=count, metavar='N', help='outputs of the network (default: as in the data)')
+    g.add_argument('--image-size', type=count, metavar='PIXELS', default=None,
+                   help='side of the training and evaluation images (default: 224, CIFAR 32)')
+    g.add_argument('--dummy', action='store_true', help='made-up images in place of DIR, to benchmark or to check')
+    g.add_argument('--dummy-images', type=count, default=1024, metavar='N',
+                   help='training images of --dummy; a quarter as many to evaluate')
+    g.add_argument('-j', '--workers', type=natural, default=4, metavar='N', help='loader processes per rank')
+    g.add_argument('--max-bad-images', type=natural, default=100, metavar='N',
+                   help='unreadable training images of one epoch to replace before giving up')
+
+    g = parser.add_argument_group('augmentation')
+    g.add_argument('--auto-augment', choices=('off', 'autoaugment', 'randaugment', 'trivialaugment', 'augmix'),
+                   default='off', help="one of torchvision's policies, after crop and flip")
+    g.add_argument('--random-erasing', type=fraction, default=0.0, metavar='P', help='erase a rectangle this often')
+    g.add_argument('--mixup', type=nonnegative, default=0.0, metavar='ALPHA', help='blend pairs of images (0: off)')
+    g.add_argument('--cutmix', type=nonnegative, default=0.0, metavar='ALPHA',
+                   help='paste a patch of another image (0: off); with --mixup, either of them at even odds')
+    g.add_argument('--label-smoothing', type=fraction, default=0.0, metavar='E', help='share of the uniform label')
+
+    g = parser.add_argument_group('network')
+    g.add_argument('-a', '--arch', default='resnet18', metavar='ARCH',
+                   help='network to train, of models/ or of torchvision')
+    g.add_argument('--pretrained', action='store_true', help="start from torchvision's ImageNet weights")
+    g.add_argument('--student-resume', metavar='PATH', help='start from (or evaluate) the weights in this file')
+    g.add_argument('--teacher-arch', metavar='ARCH',
+                   help='network of --teacher-resume (default: resnet152 for resnet50, else resnet50)')
+    g.add_argument('--teacher-resume', metavar='PATH',
+                   help='with --evaluate: score the teacher in this file in the same pass')
+    g.add_argument('--sync-bn', **on, help='BatchNorm statistics over all ranks (GPUs only)')
+
+    g = parser.add_argument_group('optimization')
+    g.add_argument('--epochs', type=count, default=90, metavar='N', help='without those of the warm-up')
+    g.add_argument('--start-epoch', type=natural, default=0, metavar='N', help='manual epoch number')
+    g.add_argument('-b', '--batch-size', type=count, default=256, metavar='N', help='of all devices of one node')
+    g.add_argument('--accum-steps', type=count, default=1, metavar='N', help='batches per update')
+    g.add_argument('--optimizer', choices=('sgd', 'adamw'), default='sgd', help='in its fused form')
+    g.add_argument('--lr', '--learning-rate', type=nonnegative, default=0.1, metavar='LR',
+                   help='for the whole global batch; never rescaled')
+    g.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='of SGD')
+    g.add_argument('--nesterov', **on, help='of SGD')
+    g.add_argument('--wd', '--weight-decay', dest='weight_decay', type=nonnegative, default=1e-4, metavar='W',
+                   help='on every parameter, as published recipes have it')
+    g.add_argument('--no-bias-decay', **on, help='no weight decay on biases and norms')
+    g.add_argument('--clip-grad', type=positive, metavar='NORM', help='largest gradient norm (default: no limit)')
+    g.add_argument('--schedule', choices=('step', 'cosine', 'linear', 'constant'), default='step',
+                   help='course of the learning rate')
+    g.add_argument('--lr-drop-ratio', type=positive, default=0.1, metavar='R', help='of --schedule step')
+    g.add_argument('--lr-drop-epochs', type=natural, nargs='+', default=[30, 60, 90], metavar='E',
+                   help='epochs, counted from 0, that are the first at a lower rate')
+    g.add_argument('--warmup', **on, help='prepend epochs with a linearly growing rate, starting at a tenth')
+    g.add_argument('--warmup-epochs', type=count, default=10, metavar='N', help='their number; all drops shift by it')
+    g.add_argument('--warmup-by', choices=('epoch', 'iteration'), default='epoch', help='how often the rate grows')
+    g.add_argument('--ema', type=fraction, default=0.0, metavar='DECAY',
+                   help='average the weights; the average is what is evaluated and shipped (0: off)')
+
+    g = parser.add_argument_group('speed')
+    g.add_argument('--amp', choices=('off', 'bf16', 'fp16'), default='off', help='mixed precision')
+    g.add_argument('--channels-last', **on, help='memory layout of images and weights')
+    g.add_argument('--compile', **on, help='torch.compile the network')
+    g.add_argument('--deterministic', **on, help='only algorithms that give the same bits every time')
+
+    g = parser.add_argument_group('run')
+    g.add_argument('--output', metavar='DIR', help='the folder of the run; a run found there goes on '
+                   '(default: runs/ and a name from script, data, network and time)')
+    g.add_argument('--resume', default='auto', metavar='auto|PATH',
+                   help='auto: the newest valid checkpoint of --output; or a checkpoint file')
+    g.add_argument('--overwrite', action='store_true', help='start anew in an --output that holds another run')
+    g.add_argument('--save-every', type=natural, default=0, metavar='STEPS',
+                   help='checkpoints inside an epoch too (0: only after each)')
+    g.add_argument('-e', '--evaluate', action='store_true', help='only score the network')
+    g.add_argument('--seed', type=natural, metavar='N', help='of everything (default: drawn, printed and recorded)')
+    g.add_argument('-p', '--print-freq', type=count, default=10, metavar='STEPS', help='steps between two lines')
+    g.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=True,
+                   help='scalars for TensorBoard in --output')
+
+    g = parser.add_argument_group('launch')
+    g.add_argument('--gpu', type=natural, metavar='N', help='this GPU only (default: all of them)')
+    g.add_argument('--no-accel', action='store_true', help='CPU even where GPUs are')
+    g.add_argument('--multiprocessing-distributed', action='store_true', help='start one process per GPU')
+    g.add_argument('--procs-per-node', type=count, metavar='N',
+                   help='processes of --multiprocessing-distributed (default: one per GPU)')
+    g.add_argument('--world-size', type=int, default=-1, metavar='NODES', help='number of nodes')
+    g.add_argument('--rank', type=int, default=-1, metavar='NODE', help='number of this node')
+    g.add_argument('--dist-url', metavar='URL', help='where ranks meet, tcp://HOST:PORT')
+    g.add_argument('--dist-backend', default='nccl', help='for GPUs; CPUs always use gloo')
+    g.add_argument('--dist-timeout', type=positive, default=1800, metavar='SECONDS',
+                   help='a rank silent for so long ends the run')
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """What can be said of the arguments without looking at data, files or devices."""
+    if args.data is None and not args.dummy:
+        parser.error('DIR is missing (or use --dummy)')
+    if args.dummy and args.data is not None:
+        parser.error('--dummy takes no DIR')
+    if args.teacher_resume and not args.evaluate:
+        parser.error('--teacher-resume needs --evaluate here; main_distill.py trains with a teacher')
+    if args.nesterov and (args.optimizer != 'sgd' or not args.momentum):
+        parser.error('--nesterov needs --optimizer sgd and a --momentum')
+    if args.overwrite and args.resume != 'auto':
+        parser.error('--overwrite starts anew, --resume PATH goes on: choose one')
+    args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
+    args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
+    return args

@@ -1,0 +1,141 @@
+"""Files that survive: written beside their target, synced, renamed; read with weights_only=True and never trusted.
+
+checkpoint.pth is a plain dict:
+    format     1
+    model, optimizer, scaler, ema, ...    state dicts of what the run tracks (the teacher is never among them)
+    progress   epoch, sample (how much of the epoch's order is done), sums of its meters, best, last, seconds
+    seed       all there is of randomness (randomness.py)
+    arguments  of the command line, a dict
+    arch, classes, world_size, global_batch
+best.pth and last.pth are bare state dicts that torchvision's constructors load.
+"""
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+FORMAT = 1
+
+
+def write(path: Path, content):
+    """Leave either the old file or the new one under this name, whatever happens in between."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            if isinstance(content, bytes):
+                f.write(content)
+            else:
+                torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch turns some write errors into RuntimeError
+        temporary.unlink(missing_ok=True)
+        sys.exit(f'error: cannot write {path}: {_line(error)}; the files that were there are intact')
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(f'{path.stem}.previous{path.suffix}')
+
+
+def save(path: Path, content: dict):
+    """Write a checkpoint and keep the one before it."""
+    new = path.with_name(path.name + '.new')
+    write(new, content)
+    if path.exists():
+        os.replace(path, previous(path))
+    os.replace(new, path)  # between these two renames the previous one is what a resume finds
+
+
+def read(path: Path) -> dict:
+    """A file's content; ValueError in one line where it is damaged, refused or no file at all."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f'{path} is damaged: checksum of {damaged} is wrong')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f'{path} does not exist') from None
+    except pickle.UnpicklingError:
+        raise ValueError(f'{path} is refused: it is damaged, or holds more than tensors and plain values, and loading '
+                         'that could run code; save the bare state_dict where you trust it') from None
+    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path} is damaged or no checkpoint: {_line(error)}') from None
+
+
+def newest(path: Path, report=print) -> tuple[dict | None, Path | None]:
+    """The newest valid checkpoint of a run's folder, looking past damaged ones and saying so."""
+    damaged = False
+    for candidate in (path.with_name(path.name + '.new'), path, previous(path)):
+        if candidate.exists():
+            try:
+                content = read(candidate)
+                if not is_checkpoint(content):
+                    raise ValueError(f'{candidate} is no checkpoint of these scripts')
+                return content, candidate
+            except ValueError as error:
+                report(f'{error}; looking for an older one')
+                damaged = True
+    if damaged:
+        sys.exit(f'error: no valid checkpoint in {path.parent} (--overwrite starts anew)')
+    return None, None
+
+
+def is_checkpoint(content) -> bool:
+    return isinstance(content, dict) and content.get('format') == FORMAT
+
+
+def weights_of(content, path) -> dict:
+    """The student's or network's weights in any usual layout, without the prefixes that wrappers leave."""
+    if is_checkpoint(content) and content.get('ema'):  # AveragedModel: its module, and a counter
+        content = {k: v for k, v in content['ema'].items() if k.startswith('module.')}
+    for key in ('model', 'student', 'state_dict'):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ValueError(f'{path} holds no state_dict')
+    for prefix in ('module.', '_orig_mod.', 'module.'):
+        if all(key.startswith(prefix) for key in content):
+            content = {key[len(prefix):]: value for key, value in content.items()}
+    return content
+
+
+def fit(network: nn.Module, weights: dict, path):
+    """Load weights that fit exactly, or say in one line which do not."""
+    own = network.state_dict()
+    wrong = [f'{k} is missing' for k in own if k not in weights]
+    wrong += [f'{k} is unknown' for k in weights if k not in own]
+    wrong += [f'{k} is {list(weights[k].shape)} instead of {list(own[k].shape)}'
+              for k in own if k in weights and weights[k].shape != own[k].shape]
+    if wrong:
+        more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
+        raise ValueError(f'{path} does not fit the network: {", ".join(wrong[:4])}{more}')
+    network.load_state_dict(weights)
+
+
+def fill(network: nn.Module, content: dict, path):
+    """Load the weights in a file's content, or end the run in one line."""
+    try:
+        fit(network, weights_of(content, path), path)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
+
+
+def load_weights(network: nn.Module, path):
+    try:
+        content = read(Path(path))
+    except ValueError as error:
+        sys.exit(f'error: {error}')
+    fill(network, content, path)
+
+
+def _line(error) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

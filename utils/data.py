@@ -1,0 +1,306 @@
+"""Images: where they come from, how they are augmented, and the loaders that bring them.
+
+A loader yields Batch: images are uint8 until Prepare has them on the device. Samples are asked for by (epoch, index),
+so the augmentation is a function of (seed, epoch, index) whichever process does it.
+"""
+import os
+import sys
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from . import distributed, signals
+from .order import EvalOrder, TrainOrder
+from .randomness import generator, seeded
+
+STATISTICS = {  # mean and std of the normalisation; four digits, as published teachers had them
+    'imagefolder': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor   # [N, 3, H, W], uint8 from the loader, normalised floats from Prepare
+    target: torch.Tensor   # [N] class numbers, or [N, K] shares of the classes where images were mixed
+    index: torch.Tensor    # [N] numbers of the samples in their data set
+    bad: torch.Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
+
+
+# Sources: len, classes, load(index) -> (PIL image, class number), name(index) for messages.
+
+class Folder:
+    """root/class/image, as torchvision's ImageFolder: classes in sorted order."""
+
+    def __init__(self, root: Path):
+        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if not self.classes:
+            sys.exit(f'error: {root} has no class folders')
+        self.samples = []
+        for number, name in enumerate(self.classes):
+            before = len(self.samples)
+            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+                self.samples += [(os.path.join(folder, file), number) for file in sorted(files)
+                                 if file.lower().endswith(IMG_EXTENSIONS)]
+            if len(self.samples) == before:
+                sys.exit(f'error: {root / name} has no images ({" ".join(IMG_EXTENSIONS)})')
+
+    def __len__(self):
+        return len(self.samples)
+
+    def name(self, index):
+        return self.samples[index][0]
+
+    def load(self, index):
+        path, target = self.samples[index]
+        with Image.open(path) as image:
+            if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip instead of scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert('RGB'), target
+
+
+class Cifar:
+    def __init__(self, name: str, root: str, train: bool):
+        kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
+        try:
+            if distributed.is_main():  # one rank downloads
+                kind(root, train, download=True)
+            distributed.agree(0)
+            official = kind(root, train)
+        except (OSError, RuntimeError) as error:
+            sys.exit(f'error: no {name} in {root}, and it cannot be downloaded: {error}')
+        self.classes, self.images, self.targets = official.classes, official.data, official.targets
+        self.name = f'{name} {"train" if train else "test"} image {{}}'.format
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, index):
+        return Image.fromarray(self.images[index]), self.targets[index]
+
+
+class Dummy:
+    """Noise with labels, each a function of the index."""
+
+    def __init__(self, length: int, classes: int, size: int):
+        self.length, self.size, self.classes = length, size, [str(c) for c in range(classes)]
+        self.name = 'dummy image {}'.format
+
+    def __len__(self):
+        return self.length
+
+    def load(self, index):
+        noise = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
+        return Image.fromarray(noise), index % len(self.classes)
+
+
+# Views: (PIL image, epoch, index) -> uint8 tensor [3, size, size].
+
+def random_extras(args):
+    """What may follow crop and flip: a policy, an erased rectangle (in the mean colour, which normalises to 0)."""
+    linear = v2.InterpolationMode.BILINEAR
+    policy = v2.AutoAugmentPolicy.IMAGENET if args.dataset == 'imagefolder' else v2.AutoAugmentPolicy.CIFAR10
+    policies = {'off': lambda: v2.Identity(), 'autoaugment': lambda: v2.AutoAugment(policy, linear),
+                'randaugment': lambda: v2.RandAugment(interpolation=linear),
+                'trivialaugment': lambda: v2.TrivialAugmentWide(interpolation=linear),
+                'augmix': lambda: v2.AugMix(interpolation=linear)}
+    mean = [round(255 * m) for m in STATISTICS[args.dataset][0]]
+    erasing = v2.RandomErasing(args.random_erasing, value=mean) if args.random_erasing else v2.Identity()
+    return v2.Compose([policies[args.auto_augment](), erasing])
+
+
+class CropView:
+    """The ImageNet recipe: a random crop of random size, flip."""
+
+    def __init__(self, args, seed):
+        self.seed = seed
+        self.transform = v2.Compose([v2.RandomResizedCrop(args.image_size), v2.RandomHorizontalFlip(), v2.PILToTensor(),
+                                     random_extras(args)])
+
+    def __call__(self, image, epoch, index):
+        with seeded(self.seed, 'view', epoch, index):
+            return self.transform(image)
+
+
+class CenterView:
+    """Shorter side to 256/224 of the size, then the centre."""
+
+    def __init__(self, size):
+        self.transform = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __call__(self, image, epoch, index):
+        return self.transform(image)
+
+
+@lru_cache(maxsize=2)
+def shifts(seed: int, epoch: int, length: int) -> torch.Tensor:
+    """Row, column (0..8) and flip (0, 1) of every CIFAR image in an epoch: one table, the same on every device."""
+    draw = generator(seed, 'shifts', epoch)
+    return torch.cat([torch.randint(9, (length, 2), generator=draw), torch.randint(2, (length, 1), generator=draw)], 1)
+
+
+class ShiftView:
+    """The CIFAR recipe: a crop out of the image padded with 4 zeros, flip."""
+
+    def __init__(self, args, seed, length):
+        self.seed, self.length = seed, length
+        self.resize = v2.Identity() if args.image_size == 32 else v2.Resize((args.image_size, args.image_size))
+        extras = args.auto_augment != 'off' or args.random_erasing
+        self.extras = random_extras(args) if extras else None
+
+    def __call__(self, image, epoch, index):
+        row, column, flip = shifts(self.seed, epoch, self.length)[index].tolist()
+        image = F.pad(v2.functional.pil_to_tensor(image), (4, 4, 4, 4))[:, row:row + 32, column:column + 32]
+        image = self.resize(image.flip(2) if flip else image)
+        if self.extras is None:
+            return image
+        with seeded(self.seed, 'view', epoch, index):
+            return self.extras(image)
+
+
+class PlainView:
+    """A CIFAR image as it is."""
+
+    def __init__(self, size):
+        self.resize = v2.Identity() if size == 32 else v2.Resize((size, size))
+
+    def __call__(self, image, epoch, index):
+        return self.resize(v2.functional.pil_to_tensor(image))
+
+
+class Images(Dataset):
+    """The views of a source's images. Where an image cannot be read the next readable one stands in and is marked."""
+
+    def __init__(self, source, view):
+        self.source, self.view = source, view
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        for number in chain(range(index, len(self)), range(index)):
+            try:
+                image, target = self.source.load(number)
+            except Exception:  # whatever a decoder makes of a broken file
+                continue
+            return Batch(self.view(image, epoch, number), target, number, -1 if number == index else index)
+        raise RuntimeError('not one image can be read')
+
+    def complaint(self, index) -> str:
+        """What is wrong with an unreadable image, for the log."""
+        try:
+            self.source.load(index)
+        except Exception as error:
+            return f'{self.source.name(index)} cannot be read: {error}'
+        return f'{self.source.name(index)} could not be read, and now can'
+
+
+class Prepare:
+    """To the device, normalised with ToTensor's and Normalize's arithmetic, mixed if asked for."""
+
+    def __init__(self, args, device, classes=None):
+        mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in STATISTICS[args.dataset])
+        self.mean, self.std, self.device = mean, std, device
+        self.format = torch.channels_last if args.channels_last else torch.contiguous_format
+        mixers = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
+        mixers += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
+        self.mix = v2.RandomChoice(mixers) if mixers and classes else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        images, target, index = (x.to(self.device, non_blocking=True) for x in batch[:3])
+        images = images.to(memory_format=self.format).float().div_(255).sub_(self.mean).div_(self.std)
+        if self.mix:
+            images, target = self.mix(images, target)
+        return Batch(images, target, index, batch.bad)
+
+
+class TrainData:
+    def __init__(self, images: Images, order: TrainOrder, args):
+        self.images, self.order = images, order
+        self.loader = make_loader(images, order, args)
+        self.reported = set()
+
+    def updates(self, epoch: int, start: int):
+        """For every update from a sample on: the sample it ends before, and its batches with their weights."""
+        self.order.at(epoch, start)
+        batches = iter(self.loader)
+        for end, micro in self.order.plan():
+            yield end, [(weight, next(batches)) for weight in self.order.weights(micro)]
+
+    def report_bad(self, batches) -> int:
+        """How many images of an update were replaced; each is named once."""
+        bad = [number for weight, batch in batches if weight for number in batch.bad.tolist() if number >= 0]
+        for number in set(bad) - self.reported:
+            print(self.images.complaint(number), file=sys.stderr, flush=True)
+        self.reported.update(bad)
+        return len(bad)
+
+
+def make_loader(images, order, args):
+    # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
+    fork = 'fork' if args.workers and sys.platform == 'linux' else None
+    return DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
+                      persistent_workers=args.workers > 0, worker_init_fn=_worker, generator=torch.Generator(),
+                      multiprocessing_context=fork)
+
+
+def _worker(number):
+    signals.ignore()
+
+
+def global_batch(args) -> int:
+    """Samples of one micro-batch over all ranks: -b counts those of one node, as in pytorch/examples."""
+    return args.batch_size * distributed.nodes()
+
+
+def find_split(root: str, *names: str) -> Path:
+    if not Path(root).is_dir():
+        sys.exit(f'error: the data folder {root} does not exist')
+    for name in names:
+        if (Path(root) / name).is_dir():
+            return Path(root) / name
+    sys.exit(f'error: {root} has no {" or ".join(name + "/" for name in names)}')
+
+
+def load_source(args, train: bool):
+    if args.dummy:
+        length = args.dummy_images if train else max(args.dummy_images // 4, 1)
+        classes = {'imagefolder': 1000, 'cifar10': 10, 'cifar100': 100}[args.dataset]
+        return Dummy(length, classes, args.image_size if args.dataset == 'imagefolder' else 32)
+    if args.dataset == 'imagefolder':
+        return Folder(find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val'))
+    return Cifar(args.dataset, args.data, train)
+
+
+def load_data(args, seed: int):
+    """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
+    valid = load_source(args, train=False)
+    train = None if args.evaluate else load_source(args, train=True)
+    if train and train.classes != valid.classes:
+        only = [f'{c} is only in {where}' for where, these, those in
+                (('train', train.classes, valid.classes), ('valid', valid.classes, train.classes))
+                for c in these if c not in those]
+        sys.exit(f'error: the classes of train and valid differ: {", ".join(only[:4])}')
+    if args.num_classes and args.num_classes < len(valid.classes):
+        sys.exit(f'error: --num-classes {args.num_classes}, but the data has {len(valid.classes)} classes')
+    rank, world, batch = distributed.rank(), distributed.world(), global_batch(args)
+    if batch < world:
+        sys.exit(f'error: a batch of {batch} is smaller than the number of ranks, {world}')
+    folder = args.dataset == 'imagefolder'
+    view = (CenterView if folder else PlainView)(args.image_size)
+    evaluation = make_loader(Images(valid, view), EvalOrder(len(valid), max(batch // world, 1), rank, world), args)
+    if train:
+        view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
+        train = TrainData(Images(train, view), TrainOrder(len(train), batch, args.accum_steps, seed, rank, world), args)
+    return train, evaluation, valid.classes

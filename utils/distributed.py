@@ -1,0 +1,191 @@
+"""Launch modes, the only file that knows of them: one process, DataParallel, spawned processes, torchrun.
+
+    python main_base.py DIR                                     one process; DataParallel where several GPUs are visible
+    python main_base.py DIR --gpu 0                             that GPU alone
+    python main_base.py DIR --multiprocessing-distributed       one process per GPU (or --procs-per-node on CPUs);
+                            --world-size NODES --rank NODE --dist-url tcp://HOST:PORT for several nodes
+    torchrun [--nnodes ...] main_base.py DIR                    env://, elastic restarts
+
+Ranks exchange small host-side numbers over gloo, so agreeing on something never waits for a GPU.
+"""
+import os
+import signal
+import socket
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from . import signals
+
+_nodes = 1
+
+
+def launch(worker, args):
+    """Run worker(args, device) in as many processes as the command line and the environment ask for."""
+    if args.gpu is not None and (args.no_accel or args.gpu >= torch.cuda.device_count()):
+        sys.exit(f'error: --gpu {args.gpu} is asked for, but '
+                 + ('so is --no-accel' if args.no_accel else f'{torch.cuda.device_count()} GPUs are visible'))
+    gpus = 0 if args.no_accel else torch.cuda.device_count()
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not args.multiprocessing_distributed:
+        _run(worker, args, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
+             int(os.environ.get('LOCAL_RANK', 0)), 'env://',
+             nodes=int(os.environ['WORLD_SIZE']) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    elif args.multiprocessing_distributed:
+        _spawn(worker, args, args.procs_per_node or max(gpus, 1))
+    elif args.world_size > 1:  # as in pytorch/examples: every process is started by hand
+        if args.rank < 0 or not args.dist_url:
+            sys.exit('error: --world-size without --multiprocessing-distributed needs --rank and --dist-url')
+        _run(worker, args, args.rank, args.world_size, args.gpu or 0, args.dist_url, nodes=args.world_size)
+    else:
+        _run(worker, args)
+
+
+def _spawn(worker, args, per_node):
+    nodes, node = max(args.world_size, 1), max(args.rank, 0)
+    if nodes > 1 and (args.rank < 0 or not args.dist_url):
+        sys.exit('error: several nodes need --rank NODE and --dist-url tcp://HOST:PORT')
+    url = args.dist_url or f'tcp://127.0.0.1:{_free_port()}'
+    context = mp.spawn(_spawned, (worker, args, node, nodes, per_node, url), nprocs=per_node, join=False)
+
+    def forward(number, frame):
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    for number in signals.SIGNALS:
+        signal.signal(number, forward)
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException as ended:  # the worker has said why
+        sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)
+
+
+def _spawned(local, worker, args, node, nodes, per_node, url):
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which forwards it: once, not twice
+    _run(worker, args, node * per_node + local, nodes * per_node, local, url, nodes)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
+    global _nodes
+    _nodes = nodes
+    signals.listen()
+    cuda = torch.cuda.is_available() and not args.no_accel
+    if cuda and url is not None and args.gpu is None and local >= torch.cuda.device_count():
+        sys.exit(f'error: local rank {local} has no GPU: {torch.cuda.device_count()} are visible '
+                 '(start fewer processes, or add --no-accel)')
+    device = torch.device('cuda', local if args.gpu is None else args.gpu) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+    if url is not None:
+        backend = f'cpu:gloo,cuda:{args.dist_backend}' if cuda else 'gloo'
+        dist.init_process_group(backend, init_method=url, world_size=world, rank=rank,
+                                timeout=timedelta(seconds=args.dist_timeout), device_id=device if cuda else None)
+    try:
+        worker(args, device)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # print it here: mp.spawn and torchrun would lose it or bury it
+            print(f'[rank {rank}] {stop.code}' if rank else stop.code, file=sys.stderr, flush=True)
+            stop.code = 1
+        if stop.code in (0, None, signals.EXIT_INTERRUPTED) and dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def nodes() -> int:
+    """How many machines take part; a process started by hand counts as one."""
+    return _nodes
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def agree(*numbers: int) -> list[int]:
+    """The sums over ranks of some host-side numbers, the same on every rank."""
+    return total(torch.tensor(numbers, dtype=torch.int64)).tolist()
+
+
+def gather(value) -> list:
+    """One picklable value of every rank, in rank order."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def say(text: str):
+    if is_main():
+        print(text, flush=True)
+
+
+def stop(message: str, code: int = 1):
+    """End every rank with an error that all of them know: said once, by rank 0."""
+    if is_main():
+        print(f'error: {message}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def from_main(function):
+    """Call function on rank 0 only and give its result to all; a SystemExit there ends every rank."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except SystemExit as stop:
+            outcome[1] = stop.code
+    if world() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        sys.exit(outcome[1] if is_main() else 1)
+    return outcome[0]
+
+
+def sync_buffers(module):
+    """Rank 0's BatchNorm statistics for everybody: what is evaluated and what is saved is one network."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def wrap(task, device, args):
+    """DDP around the whole task, DataParallel around its student alone, or the task as it is."""
+    if dist.is_initialized():
+        return DistributedDataParallel(task, device_ids=[device.index] if device.type == 'cuda' else None,
+                                       gradient_as_bucket_view=True)
+    if device.type == 'cuda' and args.gpu is None and torch.cuda.device_count() > 1:
+        task.student = DataParallel(task.student)
+    return task
+
+
+def accumulating(task, last: bool):
+    """Gradients are exchanged in the last backward pass of a step only."""
+    return nullcontext() if last or not isinstance(task, DistributedDataParallel) else task.no_sync()

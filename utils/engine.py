@@ -1,0 +1,136 @@
+"""The two loops: one epoch of training, and an exact evaluation."""
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import distributed, signals
+from .guard import Guard
+from .meters import Display, Meter, hits
+from .optim import learning_rate, set_learning_rate, total_epochs
+from .randomness import seed_everything
+
+EXIT_BROKEN = 3  # a loss or gradient was not finite
+
+
+class Supervised(nn.Module):
+    """Batch -> logits, {'ce': cross entropy}."""
+
+    def __init__(self, student: nn.Module, label_smoothing: float):
+        super().__init__()
+        self.student, self.label_smoothing = student, label_smoothing
+
+    def forward(self, batch):
+        logits = self.student(batch.images)
+        return logits, {'ce': F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)}
+
+
+def precision(device: torch.device, args):
+    """The autocast of --amp."""
+    return torch.autocast(device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(args.amp, torch.bfloat16),
+                          enabled=args.amp != 'off')
+
+
+def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, args):
+    """From where the run stands to the end of its epoch. Leaves the sums of the epoch in run.progress['sums']."""
+    task.train()
+    progress, epoch, order = run.progress, run.progress['epoch'], data.order
+    guard, meter = Guard(device), Meter(progress['sums'])
+    size = order.batch * order.accum
+    display = Display(f'Epoch {epoch}', -(-order.length // size),
+                      (total_epochs(args) - epoch) * order.length - progress['sample'])
+    bad_images, arrived = 0, time.time()
+
+    for end, batches in data.updates(epoch, progress['sample']):
+        display.waited += time.time() - arrived
+        rate = learning_rate(epoch + progress['sample'] / order.length, args)
+        set_learning_rate(optimizer, rate)
+        seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())
+        for number, (weight, batch) in enumerate(batches, 1):
+            with distributed.accumulating(task, last=number == len(batches)), precision(device, args):
+                ready = prepare(batch)
+                logits, losses = task(ready)
+                loss = guard.loss(weight * sum(losses.values()))
+                scaler.scale(loss).backward()
+            meter.add(batch.index, ready.target, weight, logits, losses)
+        meter.add_norm(guard.update(optimizer, scaler, args.clip_grad))
+        if ema:
+            ema.update_parameters(run.parts['model'])
+        display.samples += end - progress['sample']
+        progress['sample'] = end
+
+        bad, stop = distributed.agree(data.report_bad(batches), signals.caught())
+        bad_images += bad
+        if bad_images > args.max_bad_images:
+            distributed.stop(f'{bad_images} unreadable images in epoch {epoch}, more than --max-bad-images allows')
+        update = -(-end // size)
+        save = stop or (args.save_every and update % args.save_every == 0)
+        if save or update % args.print_freq == 0 or end == order.length:
+            stop_if_broken(meter.read(watch_norms=not scaler.is_enabled()), update, run, data)
+            display.show(meter.sums, rate, update)
+        if save:
+            progress['sums'] = meter.everybody()
+            run.save()
+        if stop:
+            run.interrupt()
+        arrived = time.time()
+    progress['sums'] = meter.everybody()
+
+
+def stop_if_broken(trouble: dict | None, update: int, run, data):
+    """End all ranks where one of them met a loss or gradient that isn't finite; no weights have seen it."""
+    if not any(distributed.agree(trouble is not None)):
+        return
+    troubles = [t for t in distributed.gather(trouble) if t]
+    trouble = next((t for t in troubles if t['what'] != 'gradient norm'), troubles[0])
+    trouble['update'] = update - trouble.pop('updates_ago')
+    trouble['files'] = [data.images.source.name(i) for i in trouble['samples']]
+    run.note('nonfinite.json', {'epoch': run.progress['epoch'], **trouble})
+    some = ', '.join(map(str, trouble['samples'][:8])) + (', ...' if len(trouble['samples']) > 8 else '')
+    distributed.stop(f'{trouble["what"]} is {trouble["value"]} in epoch {run.progress["epoch"]}, update '
+                     f'{trouble["update"]}, samples {some} (all in {run.folder / "nonfinite.json"}); the update was '
+                     'left out, the last checkpoint is intact', EXIT_BROKEN)
+
+
+@torch.no_grad()
+def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> dict | None:
+    """Score networks in one pass over the data, every sample once at any world and batch size.
+
+    {name: {'top1', 'top5' (percent), 'loss', 'correct1', 'correct5', 'n'}}, and 'agreement' (percent of equal guesses)
+    where there are several. None where a signal asks to stop.
+    """
+    for network in networks.values():
+        distributed.sync_buffers(network)
+        network.eval()
+    counts = torch.zeros(len(networks), 2, dtype=torch.int64, device=device)
+    losses = torch.zeros(len(networks), dtype=torch.float64, device=device)
+    agree, seen, unreadable = torch.zeros((), dtype=torch.int64, device=device), 0, None
+    for batch in loader:
+        if signals.caught():
+            break
+        if (batch.bad >= 0).any():  # a score with another image in its place would be another data set's
+            unreadable = loader.dataset.complaint(int(batch.bad[batch.bad >= 0][0]))
+            break
+        batch = prepare(batch)
+        guesses = []
+        for i, network in enumerate(networks.values()):
+            with precision(device, args):
+                logits = network(batch.images)
+            counts[i] += hits(logits, batch.target)
+            losses[i] += F.cross_entropy(logits.float(), batch.target, reduction='sum').double()
+            guesses.append(logits.argmax(1))
+        agree += torch.stack([guess == guesses[0] for guess in guesses]).all(0).sum()
+        seen += len(batch.target)
+    for complaint in distributed.gather(unreadable):
+        if complaint:
+            distributed.stop(f'cannot evaluate: {complaint}')
+    seen, stop = distributed.agree(seen, signals.caught())
+    counts, losses, agree = (distributed.total(x).tolist() for x in (counts, losses, agree))
+    if stop:
+        return None
+    assert seen == len(loader.dataset), f'{seen} of {len(loader.dataset)} samples were evaluated'
+    scores = {name: {'top1': 100 * c1 / seen, 'top5': 100 * c5 / seen, 'loss': loss / seen,
+                     'correct1': c1, 'correct5': c5, 'n': seen}
+              for name, (c1, c5), loss in zip(networks, counts, losses)}
+    return scores | ({'agreement': 100 * agree / seen} if len(networks) > 1 else {})

@@ -1,0 +1,33 @@
+"""An update that would break the weights does not happen, on any rank, and nobody has to wait for the device to know.
+
+A loss that isn't finite is multiplied by NaN before its backward pass, so the exchange of gradients tells every rank;
+an update whose gradient isn't finite is left out on the device; and so are all after it. The loop reads the meters
+now and then, finds what happened, and stops. In fp16 the scaler leaves updates out by itself, and a gradient that
+overflows is its everyday business: only the loss counts there.
+"""
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+class Guard:
+    def __init__(self, device: torch.device):
+        self.healthy = torch.ones((), dtype=torch.bool, device=device)
+
+    def loss(self, loss: torch.Tensor) -> torch.Tensor:
+        self.healthy &= loss.detach().isfinite()
+        return loss * torch.where(self.healthy, 1.0, float('nan'))
+
+    def update(self, optimizer, scaler, clip=None) -> torch.Tensor:
+        """One optimizer step if all is well; returns the norm of the gradient."""
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if clip:
+            clip_grads_with_norm_(parameters, clip, norm)
+        if not scaler.is_enabled():
+            self.healthy &= norm.isfinite()
+            optimizer.found_inf = (~self.healthy).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm

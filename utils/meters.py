@@ -1,0 +1,98 @@
+"""What is counted while a network trains. Numbers stay on the device until a line is printed or a file is written."""
+import math
+import sys
+import time
+from collections import defaultdict
+from datetime import timedelta
+
+import torch
+
+from . import distributed
+
+
+def hits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How many of a batch are right at the first guess, and within five (or as many as there are classes)."""
+    target = target.argmax(1) if target.ndim == 2 else target
+    right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+    return torch.stack([right[:, 0].sum(), right.sum()])
+
+
+def percentages(sums: dict) -> dict:
+    """Sums of an epoch as the records have them: means, and percent right."""
+    n = max(sums.get('n', 0), 1)
+    record = {'loss': sums.get('loss', 0.0) / n}
+    for k in ('top1', 'top5'):
+        record[k] = 100 * sums.get(k, 0) / n
+    parts = {k[5:]: v / n for k, v in sums.items() if k.startswith('loss/')}
+    return {**record, 'losses': parts} if parts else record
+
+
+class Meter:
+    """The sums of an epoch: n, top1, top5, loss and loss/NAME of every part."""
+
+    def __init__(self, before: dict):
+        self.before = before  # of all ranks, from the part of the epoch that a resumed run finds done
+        self.sums = defaultdict(float)  # of this rank, since then
+        self.rows, self.batches, self.norms, self.names = [], [], [], []
+
+    def add(self, index, target, weight: float, logits, losses: dict):
+        """A batch: the numbers of its samples (on the host), and what came of it (on the device)."""
+        self.names = ['top1', 'top5', 'loss', *(f'loss/{name}' for name in losses)]
+        values = [*hits(logits.detach(), target), sum(losses.values()), *losses.values()]
+        self.rows.append(torch.stack([v.detach().float() for v in values]))
+        self.batches.append((len(self.norms), index, len(index) if weight else 0))
+
+    def add_norm(self, norm):
+        """The gradient's norm closes an update."""
+        self.norms.append(norm)
+
+    def read(self, watch_norms: bool) -> dict | None:
+        """Bring everything in from the device; returns the first thing that was not finite, if any."""
+        troubles = []
+        for row, (update, _, n) in zip(torch.stack(self.rows).tolist(), self.batches):
+            parts = dict(zip(self.names, row))
+            self.sums['n'] += n
+            for name, value in parts.items():
+                if n:
+                    self.sums[name] += value * n if name.startswith('loss') else value
+                if name.startswith('loss/') and not math.isfinite(value):
+                    troubles.append((update, f'loss {name[5:]}', value))
+        norms = torch.stack(self.norms).tolist()
+        troubles += [(u, 'gradient norm', norm) for u, norm in enumerate(norms)
+                     if watch_norms and not math.isfinite(norm)]
+        trouble = None
+        if troubles:
+            first, what, value = min(troubles, key=lambda t: t[0])  # stable: a loss before the norm it spoils
+            samples = [i for update, index, _ in self.batches if update == first for i in index.tolist()]
+            trouble = {'what': what, 'value': str(value), 'updates_ago': len(norms) - 1 - first, 'samples': samples}
+        self.rows, self.batches, self.norms = [], [], []
+        return trouble
+
+    def everybody(self) -> dict:
+        """The sums over all ranks and over the whole epoch so far."""
+        names = ['n', *self.names]
+        summed = distributed.total(torch.tensor([self.sums[k] for k in names], dtype=torch.float64)).tolist()
+        return {k: self.before.get(k, 0.0) + v for k, v in zip(names, summed)}
+
+
+class Display:
+    """A line that a person can read: rewritten in place on a terminal, one after the other in a log; rank 0 only."""
+
+    def __init__(self, head: str, updates: int, samples_left: int):
+        self.head, self.updates, self.samples_left = head, updates, samples_left
+        self.live = sys.stdout.isatty()
+        self.began, self.waited, self.samples = time.time(), 0.0, 0
+
+    def show(self, sums: dict, rate: float, done: int):
+        if not distributed.is_main():
+            return
+        seconds = max(time.time() - self.began, 1e-9)
+        speed, means, width = self.samples / seconds, percentages(sums), len(str(self.updates))
+        left = timedelta(seconds=round((self.samples_left - self.samples) / max(speed, 1e-9)))
+        text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:7.1f} images/s  '
+                f'wait {self.waited / seconds:4.0%}  loss {means["loss"]:.4f}  top1 {means["top1"]:6.2f}  '
+                f'lr {rate:.4g}  ETA {left}')
+        if self.live:
+            print(f'\r\033[K{text}', end='\n' if done == self.updates else '', flush=True)
+        else:
+            print(text, flush=True)

@@ -1,0 +1,56 @@
+"""Optimizers, the learning rate as a pure function of the epoch, and the average of the weights."""
+import math
+
+import torch
+from torch import nn
+
+
+def make_optimizer(task: nn.Module, args) -> torch.optim.Optimizer:
+    """The fused optimizers, because they can be told on the device to leave out an update (see guard.py)."""
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    if args.no_bias_decay:
+        groups = [{'params': [p for p in parameters if p.ndim > 1]},
+                  {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
+    else:
+        groups = [{'params': parameters}]
+    if args.optimizer == 'adamw':
+        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, nesterov=args.nesterov,
+                                weight_decay=args.weight_decay, fused=True)
+    if args.momentum:
+        # Made here, as zeros: where the very first update is left out (usual in fp16), fused SGD of torch 2.8 to 2.15
+        # allocates its buffer, does not fill it, and trusts it from the second update on.
+        for p in parameters:
+            optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return optimizer
+
+
+def total_epochs(args) -> int:
+    return args.epochs + args.warmup * args.warmup_epochs
+
+
+def learning_rate(epoch: float, args) -> float:
+    """The rate at a moment of the run; epoch is fractional and counts from 0."""
+    if args.warmup:
+        at = epoch if args.warmup_by == 'iteration' else math.floor(epoch)
+        if at < args.warmup_epochs:
+            return args.lr * (0.1 + 0.9 * at / args.warmup_epochs)
+        epoch -= args.warmup_epochs
+    if args.schedule == 'step':
+        return args.lr * args.lr_drop_ratio ** sum(epoch >= drop for drop in args.lr_drop_epochs)
+    done = min(epoch / args.epochs, 1.0)
+    courses = {'cosine': 0.5 * (1 + math.cos(math.pi * done)), 'linear': 1 - done, 'constant': 1.0}
+    return args.lr * courses[args.schedule]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float):
+    for group in optimizer.param_groups:
+        group['lr'] = rate
+
+
+def make_ema(student: nn.Module, args):
+    """An exponential average of weights and statistics, or None."""
+    if not args.ema:
+        return None
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
+    return torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)

@@ -1,0 +1,267 @@
+"""The folder of a run: what it was asked, where it stands, what came of it.
+
+    args.json  log.jsonl  result.json  checkpoint.pth  checkpoint.previous.pth  best.pth  last.pth  events.out.*
+    interrupted       there while a run has stopped for a signal and waits to be started again
+    nonfinite.json    where and when a loss was not finite
+Only global rank 0 touches it.
+"""
+import fcntl
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+
+from . import checkpoint, distributed, signals
+from .args import NEUTRAL
+from .meters import percentages
+from .optim import learning_rate, total_epochs
+
+FILES = ('args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
+         'best.pth', 'last.pth', 'interrupted', 'nonfinite.json', 'events.out.*', '*.tmp')
+
+
+class Run:
+    def __init__(self, args):
+        self.args = args
+        self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
+        self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
+        self.parts, self.began, self.writer = {}, time.time(), None
+
+    def _open(self):
+        """On rank 0: the folder, the seed, and the checkpoint to go on from with its path."""
+        args = self.args
+        folder = Path(args.output or default_output(args))
+        saved = origin = None
+        if not args.evaluate:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                sys.exit(f'error: cannot make --output {folder}: {error.strerror}')
+            self._lock(folder)
+            if args.overwrite:
+                for file in (file for pattern in FILES for file in folder.glob(pattern)):
+                    file.unlink()
+        if args.resume == 'auto':
+            if not args.evaluate:
+                self._compare(folder)
+            saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
+        else:
+            try:
+                saved, origin = checkpoint.read(Path(args.resume)), Path(args.resume)
+            except ValueError as error:
+                sys.exit(f'error: --resume: {error}')
+            if not args.evaluate and not checkpoint.is_checkpoint(saved):
+                sys.exit(f'error: --resume: {origin} holds weights only; --student-resume starts from them')
+        if checkpoint.is_checkpoint(saved):
+            if saved['arch'] != args.arch:
+                sys.exit(f'error: {origin} is a {saved["arch"]}, not a {args.arch}')
+            if differences := differing(saved['arguments'], args):
+                print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
+        if not args.evaluate:
+            checkpoint.write(folder / 'args.json', as_json(recorded(args)))
+            (folder / 'interrupted').unlink(missing_ok=True)
+        seed = args.seed
+        if seed is None:
+            seed = saved['seed'] if checkpoint.is_checkpoint(saved) else random.SystemRandom().randrange(2 ** 31)
+        return folder, seed, saved, origin
+
+    def _lock(self, folder):
+        self.lock = open(folder / '.lock', 'w')  # noqa: SIM115, held as long as the process
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; not inherited by its workers
+        except BlockingIOError:
+            sys.exit(f'error: another run is writing to {folder}')
+        except OSError:
+            pass  # a file system without locks
+
+    def _compare(self, folder):
+        file = folder / 'args.json'
+        if file.exists() and (differences := differing(json.loads(file.read_text()), self.args)):
+            sys.exit(f'error: {folder} holds a run with other arguments: {differences}; choose another --output, '
+                     'or --overwrite to start anew')
+
+    def restore(self, **parts):
+        """Name the parts whose state_dicts make a checkpoint, and fill them from the one to go on from."""
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        if self.saved is None:
+            return
+        for name, part in self.parts.items():
+            try:
+                if name == 'model':
+                    checkpoint.fit(part, self.saved[name], self.origin)
+                elif isinstance(part, torch.optim.Optimizer):
+                    asked = [{k: v for k, v in group.items() if k != 'params'} for group in part.param_groups]
+                    part.load_state_dict(self.saved[name])
+                    for group, values in zip(part.param_groups, asked):
+                        group.update(values)  # state comes from the file, hyper-parameters from the command line
+                else:
+                    part.load_state_dict(self.saved[name])
+            except (KeyError, ValueError, RuntimeError) as error:
+                sys.exit(f'error: cannot go on from {self.origin}: {name}: {str(error).splitlines()[0]}')
+        self.progress = self.saved['progress']
+        if distributed.is_main():
+            print(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample {self.progress["sample"]}')
+        self.saved = None
+
+    def announce(self, student, train, valid):
+        """Say what is about to happen; open the logs, with only what lies before the point the run goes on from."""
+        args, ranks = self.args, distributed.world()
+        batch = train.order.batch
+        distributed.say(
+            f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
+            f'and {len(valid.dataset):,} validation images, {len(train.images.source.classes)} classes\n'
+            f'global batch {batch * args.accum_steps} = {batch / ranks:g} x {ranks} ranks x {args.accum_steps} batches '
+            f'per update; learning rate {args.lr:g}; {total_epochs(args)} epochs; seed {self.seed}; in {self.folder}')
+        if not distributed.is_main():
+            return
+        log = self.folder / 'log.jsonl'
+        if log.exists():
+            kept = [line for line in log.read_text().splitlines(keepends=True)
+                    if line.endswith('\n') and json.loads(line)['epoch'] < self.progress['epoch']]
+            checkpoint.write(log, ''.join(kept).encode())
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.progress['epoch'])
+            except ImportError:
+                distributed.say('note: tensorboard is not installed, no scalars are written')
+
+    def seconds(self) -> float:
+        return self.progress['seconds'] + time.time() - self.began
+
+    def save(self):
+        distributed.from_main(self._save)
+
+    def _save(self):
+        checkpoint.save(self.folder / 'checkpoint.pth', {
+            'format': checkpoint.FORMAT, **{name: part.state_dict() for name, part in self.parts.items()},
+            'progress': self.progress | {'seconds': self.seconds()}, 'seed': self.seed,
+            'arguments': recorded(self.args), 'arch': self.args.arch, 'world_size': distributed.world()})
+
+    def shipped(self):
+        """The network that is evaluated and given away."""
+        return self.parts['ema'].module if 'ema' in self.parts else self.parts['model']
+
+    def end_epoch(self, scores: dict | None):
+        """Write down a finished epoch: weights, log, result, checkpoint, in an order that a crash cannot spoil."""
+        progress = self.progress
+        if scores is None:  # a signal came: the epoch's training is done, its evaluation is not
+            self.save()
+            self.interrupt()
+        epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
+        best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
+        record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
+                  'seconds': round(self.seconds(), 2)}
+        last = {'epoch': epoch, **score}
+        progress.update(epoch=epoch + 1, sample=0, sums={}, last=last, best=last if best else progress['best'])
+        distributed.from_main(lambda: self._write_epoch(record, best))
+
+    def _write_epoch(self, record: dict, best: bool):
+        weights = {k: v.cpu().contiguous() for k, v in self.shipped().state_dict().items()}
+        for name in ['last.pth'] + ['best.pth'] * best:
+            checkpoint.write(self.folder / name, weights)
+        with open(self.folder / 'log.jsonl', 'a') as log:
+            log.write(json.dumps(record) + '\n')
+        checkpoint.write(self.folder / 'result.json', as_json(self._result()))
+        self._save()
+        train, valid = record['train'], record['valid']
+        print(f'Epoch {record["epoch"]}: train loss {train["loss"]:.4f} top1 {train["top1"]:.2f}; valid loss '
+              f'{valid["loss"]:.4f} top1 {valid["top1"]:.2f} top5 {valid["top5"]:.2f} ({valid["n"]} images)'
+              + ', the best so far' * best, flush=True)
+        if self.writer:
+            for where in ('train', 'valid'):
+                for name in ('loss', 'top1', 'top5'):
+                    self.writer.add_scalar(f'{name}/{where}', record[where][name], record['epoch'])
+            for name, value in train.get('losses', {}).items():
+                self.writer.add_scalar(f'losses/{name}', value, record['epoch'])
+            self.writer.add_scalar('lr', record['lr'], record['epoch'])
+            self.writer.flush()
+
+    def report(self, scores: dict | None):
+        """Print the scores of --evaluate, and leave them in --output if that was given."""
+        if scores is None:
+            sys.exit(signals.EXIT_INTERRUPTED)
+        for name, score in scores.items():
+            distributed.say(f'{name}: {score:.2f} %' if name == 'agreement' else
+                            f'{name}: top1 {score["top1"]:.3f} ({score["correct1"]}/{score["n"]}), top5 '
+                            f'{score["top5"]:.3f} ({score["correct5"]}/{score["n"]}), loss {score["loss"]:.4f}')
+        if self.args.output:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.note('evaluate.json', {'scores': scores, **self._origin()})
+
+    def finish(self):
+        best, last = self.progress['best'], self.progress['last']
+        distributed.say(f'done: last top1 {last["top1"]:.2f}, best {best["top1"]:.2f} (epoch {best["epoch"]}); '
+                        f'{self.folder} holds last.pth, best.pth, log.jsonl, result.json')
+        if self.writer:
+            self.writer.close()
+
+    def _result(self) -> dict:
+        return {'finished': self.progress['epoch'] >= total_epochs(self.args), 'last': self.progress['last'],
+                'best': self.progress['best'], 'seconds': round(self.seconds(), 2), **self._origin()}
+
+    def _origin(self) -> dict:
+        """All that is needed to do it again."""
+        return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
+                'git': git_revision(), 'world_size': distributed.world(),
+                'device': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+                'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                             'torchvision': torchvision.__version__}}
+
+    def note(self, name: str, content: dict):
+        """A small file beside the others."""
+        distributed.from_main(lambda: checkpoint.write(self.folder / name, as_json(content)))
+
+    def interrupt(self):
+        """After a save: leave the marker that tells a scheduler to start the same command again."""
+        self.note('interrupted', {'signal': signals.caught(), 'epoch': self.progress['epoch'],
+                                  'sample': self.progress['sample']})
+        if distributed.is_main():
+            print(f'\nstopped by a signal; the same command with --output {self.folder} goes on from epoch '
+                  f'{self.progress["epoch"]}, sample {self.progress["sample"]}', file=sys.stderr, flush=True)
+        sys.exit(signals.EXIT_INTERRUPTED)
+
+
+def default_output(args) -> Path:
+    """runs/SCRIPT-DATA-NETWORK-TIME; a run that torchrun restarts finds the one it had."""
+    data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
+    stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
+    earlier = sorted(Path('runs').glob(stem + '[0-9]*'))
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and earlier:
+        return earlier[-1]
+    return Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
+
+
+def recorded(args) -> dict:
+    return json.loads(json.dumps(vars(args)))
+
+
+def differing(before: dict, args) -> str:
+    """The arguments that decide results and are not what they were, in words."""
+    now = recorded(args)
+    return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
+                     for k in sorted(now.keys() | before.keys()) if k not in NEUTRAL and now.get(k) != before.get(k))
+
+
+def git_revision() -> str | None:
+    """The commit this code is at, with a + where it was changed since."""
+    def git(*command):
+        return subprocess.run(['git', '-C', str(Path(__file__).parent), *command], capture_output=True, text=True)
+    try:
+        revision = git('rev-parse', 'HEAD')
+        changed = git('status', '--porcelain', '--untracked-files=no').stdout.strip()
+        return revision.stdout.strip() + '+' * bool(changed) if revision.returncode == 0 else None
+    except OSError:
+        return None
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + '\n').encode()
