@@ -51,7 +51,7 @@ def worker(args, device):
     optimizer = make_optimizer(task, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     run.restore(model=student, optimizer=optimizer, scaler=scaler, ema=ema)
-    run.announce(student, train, valid)
+    run.begin(student, train, valid)
 
     # epochs
     while run.progress['epoch'] < total_epochs(args):

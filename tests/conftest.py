@@ -87,9 +87,9 @@ def environment(**extra):
             **{k: str(v) for k, v in extra.items()}}
 
 
-def start(*command, **extra):
+def start(*command, stdout=subprocess.PIPE, **extra):
     """A process of its own, in a process group of its own."""
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen([*map(str, command)], stdout=stdout, stderr=subprocess.STDOUT, text=True,
                             env=environment(**extra), start_new_session=True)
 
 
@@ -97,13 +97,6 @@ def script(*args, program=ROOT / 'main_base.py', **extra) -> Outcome:
     """main_base.py, or a program around it, in a process of its own."""
     args = [*QUICK, *map(str, args)]
     process = start(sys.executable, program, *args, **extra)
-    out, _ = process.communicate(timeout=240)
-    return Outcome(process.returncode, out, out, output_of(args))
-
-
-def torchrun(ranks, *args, program=ROOT / 'main_base.py', options=(), **extra) -> Outcome:
-    args = [*QUICK, *map(str, args)]
-    process = start(*torchrun_command(ranks, *options), program, *args, **extra)
     out, _ = process.communicate(timeout=240)
     return Outcome(process.returncode, out, out, output_of(args))
 

@@ -74,7 +74,7 @@ def test_mobilenet_v2_weights_go_to_torchvision_and_come_from_it(name):
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert torch.equal(theirs.classifier[1].weight, ours.classifier.weight)
     incomplete = {key: value for key, value in theirs.state_dict().items() if key != 'classifier.1.bias'}
-    with pytest.raises(RuntimeError, match='Missing key.*classifier.1.bias'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*classifier.1.bias'):
         ours.load_state_dict(incomplete)
 
 
@@ -202,7 +202,7 @@ def test_model_names_are_ours_then_those_of_torchvision():
 
 
 def test_unknown_name_suggests_close_ones():
-    with pytest.raises(ValueError, match='resnet5O.*resnet50') as error:
+    with pytest.raises(ValueError, match=r'resnet5O.*resnet50') as error:
         create_model('resnet5O')
     assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match='unknown model'):
@@ -263,7 +263,7 @@ def test_pretrained_is_strict(monkeypatch, num_classes):
     state = torchvision.models.resnet18().state_dict()
     del state['layer4.1.bn2.weight']
     publish(monkeypatch, 'resnet18', state)
-    with pytest.raises(RuntimeError, match='Missing key.*layer4.1.bn2.weight'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*layer4.1.bn2.weight'):
         create_model('resnet18', num_classes, pretrained=True)
 
 
@@ -277,6 +277,6 @@ def test_a_failed_download_is_told_as_it_is(monkeypatch):
 
 
 def test_mobilenet_v1_has_no_published_weights():
-    with pytest.raises(ValueError, match='mobilenet_v1.*file') as error:
+    with pytest.raises(ValueError, match=r'mobilenet_v1.*file') as error:
         create_model('mobilenet_v1', pretrained=True)
     assert '\n' not in str(error.value)

@@ -250,13 +250,21 @@ class TrainData:
 def make_loader(images, order, args):
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
-    return DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
-                      persistent_workers=args.workers > 0, worker_init_fn=_worker, generator=torch.Generator(),
-                      multiprocessing_context=fork)
+    loader = DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
+                        persistent_workers=args.workers > 0, worker_init_fn=_worker, generator=torch.Generator(),
+                        multiprocessing_context=fork)
+    distributed.at_end.callback(_dismiss_workers, loader)
+    return loader
 
 
 def _worker(number):
     signals.ignore()
+
+
+def _dismiss_workers(loader):
+    """They ignore signals: they have to be told to go before multiprocessing, at exit, sends them one and waits."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 def global_batch(args) -> int:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from . import signals
 
 _nodes = 1
+at_end = ExitStack()  # what has to be closed before a rank ends, however it ends
 
 
 def launch(worker, args):
@@ -60,7 +61,7 @@ def _spawn(worker, args, per_node):
     for number in signals.SIGNALS:
         signal.signal(number, forward)
     try:
-        while not context.join():
+        while not context.join(grace_period=5):
             pass
     except mp.ProcessExitedException as ended:  # the worker has said why
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)
@@ -90,10 +91,15 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         torch.cuda.set_device(device)
     if url is not None:
         backend = f'cpu:gloo,cuda:{args.dist_backend}' if cuda else 'gloo'
-        dist.init_process_group(backend, init_method=url, world_size=world, rank=rank,
-                                timeout=timedelta(seconds=args.dist_timeout), device_id=device if cuda else None)
+        timeout = timedelta(seconds=args.dist_timeout)
+        store, rank, world = next(dist.rendezvous(url, rank, world, timeout=timeout))
+        # torchrun's store outlives a restart, and so would the addresses of ranks that are gone.
+        store = dist.PrefixStore(f'attempt {restarts()}', store)
+        dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout,
+                                device_id=device if cuda else None)
     try:
-        worker(args, device)
+        with at_end:
+            worker(args, device)
     except SystemExit as stop:
         if isinstance(stop.code, str):  # print it here: mp.spawn and torchrun would lose it or bury it
             print(f'[rank {rank}] {stop.code}' if rank else stop.code, file=sys.stderr, flush=True)
@@ -101,8 +107,19 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         if stop.code in (0, None, signals.EXIT_INTERRUPTED) and dist.is_initialized():
             dist.destroy_process_group()
         raise
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):
+            raise
+        print(f'error: rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
+              f'seconds), was killed, or has told its own error. {str(error).splitlines()[0]}', file=sys.stderr)
+        sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started this run again."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def rank() -> int:

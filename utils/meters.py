@@ -70,6 +70,8 @@ class Meter:
 
     def everybody(self) -> dict:
         """The sums over all ranks and over the whole epoch so far."""
+        if not self.names:
+            return self.before
         names = ['n', *self.names]
         summed = distributed.total(torch.tensor([self.sums[k] for k in names], dtype=torch.float64)).tolist()
         return {k: self.before.get(k, 0.0) + v for k, v in zip(names, summed)}

@@ -5,9 +5,9 @@
     nonfinite.json    where and when a loss was not finite
 Only global rank 0 touches it.
 """
+import errno
 import fcntl
 import json
-import os
 import platform
 import random
 import shlex
@@ -31,62 +31,63 @@ FILES = ('args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.
 class Run:
     def __init__(self, args):
         self.args = args
+        self.anew = args.overwrite and not distributed.restarts()  # what torchrun restarts goes on
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
         self.parts, self.began, self.writer = {}, time.time(), None
 
     def _open(self):
-        """On rank 0: the folder, the seed, and the checkpoint to go on from with its path."""
+        """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
         args = self.args
         folder = Path(args.output or default_output(args))
         saved = origin = None
-        if not args.evaluate:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                sys.exit(f'error: cannot make --output {folder}: {error.strerror}')
-            self._lock(folder)
-            if args.overwrite:
-                for file in (file for pattern in FILES for file in folder.glob(pattern)):
-                    file.unlink()
-        if args.resume == 'auto':
-            if not args.evaluate:
-                self._compare(folder)
-            saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
-        else:
+        if args.resume != 'auto':
             try:
                 saved, origin = checkpoint.read(Path(args.resume)), Path(args.resume)
             except ValueError as error:
                 sys.exit(f'error: --resume: {error}')
             if not args.evaluate and not checkpoint.is_checkpoint(saved):
                 sys.exit(f'error: --resume: {origin} holds weights only; --student-resume starts from them')
+        elif not self.anew:
+            saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
         if checkpoint.is_checkpoint(saved):
-            if saved['arch'] != args.arch:
-                sys.exit(f'error: {origin} is a {saved["arch"]}, not a {args.arch}')
-            if differences := differing(saved['arguments'], args):
+            differences = differing(saved['arguments'], args)
+            if differences and not args.evaluate:
+                if args.resume == 'auto':
+                    sys.exit(f'error: {folder} holds a run with other arguments: {differences}; choose another '
+                             '--output, or --overwrite to start anew')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
-        if not args.evaluate:
-            checkpoint.write(folder / 'args.json', as_json(recorded(args)))
-            (folder / 'interrupted').unlink(missing_ok=True)
-        seed = args.seed
-        if seed is None:
-            seed = saved['seed'] if checkpoint.is_checkpoint(saved) else random.SystemRandom().randrange(2 ** 31)
-        return folder, seed, saved, origin
+            if saved['arguments']['arch'] != args.arch:
+                sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
+            return folder, saved['seed'] if args.seed is None else args.seed, saved, origin
+        return folder, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
 
-    def _lock(self, folder):
-        self.lock = open(folder / '.lock', 'w')  # noqa: SIM115, held as long as the process
+    def _begin(self):
+        """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at."""
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / '.lock', 'w')  # noqa: SIM115, held as long as the process
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; not inherited by its workers
         except BlockingIOError:
-            sys.exit(f'error: another run is writing to {folder}')
-        except OSError:
-            pass  # a file system without locks
-
-    def _compare(self, folder):
-        file = folder / 'args.json'
-        if file.exists() and (differences := differing(json.loads(file.read_text()), self.args)):
-            sys.exit(f'error: {folder} holds a run with other arguments: {differences}; choose another --output, '
-                     'or --overwrite to start anew')
+            sys.exit(f'error: another run is writing to {self.folder}')
+        except OSError as error:
+            if error.errno != errno.ENOLCK:  # some network file systems have no locks
+                sys.exit(f'error: cannot write to --output {self.folder}: {error.strerror}')
+        for file in (file for pattern in (FILES if self.anew else ('interrupted', '*.tmp'))
+                     for file in self.folder.glob(pattern)):
+            file.unlink()
+        checkpoint.write(self.folder / 'args.json', as_json(recorded(self.args)))
+        log = self.folder / 'log.jsonl'
+        if log.exists():
+            kept = [line for line in log.read_text().splitlines(keepends=True)
+                    if line.endswith('\n') and json.loads(line)['epoch'] < self.progress['epoch']]
+            checkpoint.write(log, ''.join(kept).encode())
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.progress['epoch'])
+            except ImportError:
+                print('note: tensorboard is not installed, no scalars are written', file=sys.stderr)
 
     def restore(self, **parts):
         """Name the parts whose state_dicts make a checkpoint, and fill them from the one to go on from."""
@@ -111,28 +112,16 @@ class Run:
             print(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample {self.progress["sample"]}')
         self.saved = None
 
-    def announce(self, student, train, valid):
-        """Say what is about to happen; open the logs, with only what lies before the point the run goes on from."""
+    def begin(self, student, train, valid):
+        """Say what is about to happen, and open the folder for it."""
         args, ranks = self.args, distributed.world()
-        batch = train.order.batch
+        distributed.from_main(self._begin)
         distributed.say(
             f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
             f'and {len(valid.dataset):,} validation images, {len(train.images.source.classes)} classes\n'
-            f'global batch {batch * args.accum_steps} = {batch / ranks:g} x {ranks} ranks x {args.accum_steps} batches '
-            f'per update; learning rate {args.lr:g}; {total_epochs(args)} epochs; seed {self.seed}; in {self.folder}')
-        if not distributed.is_main():
-            return
-        log = self.folder / 'log.jsonl'
-        if log.exists():
-            kept = [line for line in log.read_text().splitlines(keepends=True)
-                    if line.endswith('\n') and json.loads(line)['epoch'] < self.progress['epoch']]
-            checkpoint.write(log, ''.join(kept).encode())
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.progress['epoch'])
-            except ImportError:
-                distributed.say('note: tensorboard is not installed, no scalars are written')
+            f'global batch {train.order.batch * args.accum_steps} = {train.order.batch / ranks:g} x {ranks} ranks x '
+            f'{args.accum_steps} batches per update; learning rate {args.lr:g}; {total_epochs(args)} epochs; '
+            f'seed {self.seed}; in {self.folder}')
 
     def seconds(self) -> float:
         return self.progress['seconds'] + time.time() - self.began
@@ -144,7 +133,7 @@ class Run:
         checkpoint.save(self.folder / 'checkpoint.pth', {
             'format': checkpoint.FORMAT, **{name: part.state_dict() for name, part in self.parts.items()},
             'progress': self.progress | {'seconds': self.seconds()}, 'seed': self.seed,
-            'arguments': recorded(self.args), 'arch': self.args.arch, 'world_size': distributed.world()})
+            'arguments': recorded(self.args), 'world_size': distributed.world()})
 
     def shipped(self):
         """The network that is evaluated and given away."""
@@ -235,7 +224,7 @@ def default_output(args) -> Path:
     data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
     stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
     earlier = sorted(Path('runs').glob(stem + '[0-9]*'))
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and earlier:
+    if distributed.restarts() and earlier:
         return earlier[-1]
     return Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
 

@@ -1,0 +1,134 @@
+"""The command line: what it takes, what it refuses and how."""
+import pytest
+import torch
+from conftest import QUICK, ROOT, write_images
+
+from models import create_model
+from utils.args import NEUTRAL, base_parser, check
+
+
+def parse(*flags):
+    parser = base_parser('')
+    return check(parser, parser.parse_args(list(flags)))
+
+
+def test_flags_of_pytorch_examples_and_mgd_keep_their_meaning():
+    args = parse('/data', '-a', 'resnet50', '-j', '8', '--epochs', '100', '--start-epoch', '3', '-b', '512',
+                 '--learning-rate', '0.2', '--momentum', '0.8', '--wd', '5e-4', '-p', '50', '--resume', 'x.pth', '-e',
+                 '--pretrained', '--world-size', '2', '--rank', '1', '--dist-url', 'tcp://h:1',
+                 '--dist-backend', 'gloo', '--seed', '7', '--gpu', '0', '--multiprocessing-distributed',
+                 '--lr-drop-ratio', '0.2', '--lr-drop-epochs', '31', '61', '--warmup', '1', '--warmup-epochs', '5',
+                 '--sync-bn', '0', '--teacher-resume', 't.pth', '--student-resume', 's.pth')
+    assert (args.lr, args.weight_decay, args.batch_size, args.workers, args.gpu) == (0.2, 5e-4, 512, 8, 0)
+    assert args.warmup is True and args.sync_bn is False and args.lr_drop_epochs == [31, 61]
+    assert args.teacher_arch == 'resnet152' and parse('/data').teacher_arch == 'resnet50'
+    assert parse('/data', '--weight-decay', '1').weight_decay == 1 and parse('/data', '--lr', '1').lr == 1
+    assert parse('--dummy').data is None and parse('--dummy', '--nesterov').nesterov is True
+    defaults = parse('/data')
+    assert (defaults.epochs, defaults.batch_size, defaults.lr, defaults.momentum, defaults.weight_decay,
+            defaults.arch, defaults.print_freq) == (90, 256, 0.1, 0.9, 1e-4, 'resnet18', 10)
+
+
+def test_argument_files(tmp_path):
+    (tmp_path / 'recipe').write_text('# MGD on CUB\n--lr 0.01 --nesterov   # as published\n--lr-drop-epochs 31 61 81\n')
+    args = parse('/data', f'@{tmp_path / "recipe"}', '--lr', '0.02')
+    assert args.nesterov and args.lr == 0.02 and args.lr_drop_epochs == [31, 61, 81]
+
+
+def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse('--help')
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    groups = ('data', 'augmentation', 'network', 'optimization', 'speed', 'run', 'launch')
+    assert all(f'\n{group}:' in text for group in groups)
+    assert '(default: 256)' in text and '(default: resnet18)' in text and 'None' not in text
+    assert all(action.help for action in base_parser('')._actions)
+    assert set(vars(parse('--dummy'))) >= NEUTRAL
+
+
+@pytest.mark.parametrize('flags, complaint', [
+    ([], 'DIR is missing'),
+    (['/data', '--dummy'], '--dummy takes no DIR'),
+    (['/data', '--batch-size', '0'], 'argument -b/--batch-size: 0 is not in [1, inf]'),
+    (['/data', '--lr', 'fast'], "invalid float value: 'fast'"),
+    (['/data', '--lr', '-1'], '-1 is not in [0, inf]'),
+    (['/data', '--label-smoothing', 'nan'], 'nan is not in [0, 1]'),
+    (['/data', '--amp', 'fp8'], "invalid choice: 'fp8'"),
+    (['/data', '--sync-bn', 'yes'], "'yes' is not 0 or 1"),
+    (['/data', '--nesterov', '--optimizer', 'adamw'], '--nesterov needs --optimizer sgd'),
+    (['/data', '--overwrite', '--resume', 'x'], 'choose one'),
+    (['/data', '--teacher-resume', 'x'], 'main_distill.py trains with a teacher'),
+    (['/data', '--learning-rat0', '1'], 'unrecognized arguments'),
+    (['@/nowhere'], 'No such file'),
+])
+def test_wrong_flags(flags, complaint, base):
+    run = base(*flags, quick=False)
+    assert run.code == 2 and complaint in run.err.splitlines()[-1]
+
+
+def one_line(run):
+    """Refused with one line, without a traceback."""
+    lines = [line for line in run.err.strip().splitlines() if not line.startswith('note:')]
+    assert run.code == 1 and len(lines) == 1 and lines[0].startswith('error: '), run.err
+    return lines[0]
+
+
+def test_wrong_data(base, tmp_path, images):
+    assert f'{tmp_path / "none"} does not exist' in one_line(base(tmp_path / 'none', '--output', tmp_path / 'o'))
+    assert 'has no valid/ or val/' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
+    (tmp_path / 'val').mkdir()
+    assert 'val has no class folders' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
+    (tmp_path / 'val' / 'ant').mkdir()
+    assert 'val/ant has no images' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
+    other = tmp_path / 'other'
+    write_images(other / 'val', 1, 0, classes=('ant', 'bee'))
+    assert 'other has no train/' in one_line(base(other, '--output', tmp_path / 'o'))
+    write_images(other / 'train', 1, 0, classes=('ant', 'dog'))
+    line = one_line(base(other, '--output', tmp_path / 'o'))
+    assert 'dog is only in train' in line and 'bee is only in valid' in line
+    line = one_line(base(images, '--num-classes', 2, '--output', tmp_path / 'o'))
+    assert '--num-classes 2, but the data has 3' in line
+    assert 'cannot be downloaded' in one_line(base(tmp_path, '--dataset', 'cifar100', '-e'))
+    assert not (tmp_path / 'o').exists()
+
+
+def test_wrong_networks_and_weights(base, tmp_path, images):
+    out = ['--output', tmp_path / 'o']
+    line = one_line(base(images, '-a', 'resnet5O', *out))
+    assert "unknown model 'resnet5O'" in line and 'resnet50' in line
+    assert 'no weights for' in one_line(base(images, '-a', 'mobilenet_v1', '--pretrained', *out))
+    assert 'does not exist' in one_line(base(images, '--student-resume', tmp_path / 'none.pth', *out))
+    torch.save(create_model('shufflenet_v2_x0_5', 5).state_dict(), tmp_path / 'five.pth')
+    line = one_line(base(images, '--student-resume', tmp_path / 'five.pth', *out))
+    assert 'fc.weight is [5, 1024] instead of [3, 1024]' in line
+    (tmp_path / 'junk.pth').write_text('junk')
+    assert 'is damaged' in one_line(base(images, '--student-resume', tmp_path / 'junk.pth', *out))
+    assert 'is damaged' in one_line(base(images, '--resume', tmp_path / 'junk.pth', *out))
+    assert 'weights only' in one_line(base(images, '--resume', tmp_path / 'five.pth', *out))
+
+
+def test_wrong_devices_and_ranks(base, images, tmp_path):
+    out = ['--output', tmp_path / 'o']
+    assert '--gpu 0 is asked for, but so is --no-accel' in one_line(base(images, '--gpu', 0, *out))
+    assert '--sync-bn needs GPUs' in one_line(base(images, '--sync-bn', 1, *out))
+    assert 'needs --rank and --dist-url' in one_line(base(images, '--world-size', 2, *out))
+    line = one_line(base(images, '--multiprocessing-distributed', '--world-size', 2, *out))
+    assert 'several nodes need --rank' in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+def test_gpu_that_is_not_there(base, images):
+    flags = [flag for flag in QUICK if flag != '--no-accel']
+    assert '--gpu 0 is asked for, but 0 GPUs are visible' in one_line(base(*flags, images, '--gpu', 0, quick=False))
+
+
+def test_output_that_cannot_be_made(base, images, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'cannot write to --output' in one_line(base(images, '--output', tmp_path / 'file' / 'run'))
+
+
+def test_readme_names_every_flag_group_and_exit_code():
+    text = (ROOT / 'README.md').read_text()
+    for word in ('make demo', 'make test', '--resume', '--overwrite', 'torchrun', '--multiprocessing-distributed'):
+        assert word in text

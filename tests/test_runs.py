@@ -1,0 +1,288 @@
+"""main_base.py from beginning to end, in this process."""
+import copy
+import json
+
+import pytest
+import torch
+import torchvision
+from conftest import assert_same, write_images
+
+import main_base
+from models import create_model
+from utils import signals
+from utils.data import CenterView, Folder, Images
+from utils.randomness import generator, seed_everything, seeded
+
+
+@pytest.fixture(scope='module')
+def plain(images, tmp_path_factory):
+    """Flags of a short run, and its weights: what every switch has to change."""
+    return [images, '--epochs', 1, '-b', 13]
+
+
+def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(base, images, tmp_path):
+    run = base(images, '--epochs', 2, '--output', tmp_path, '--tensorboard')
+    assert run.code == 0
+    names = {p.name.split('.tfevents')[0] for p in tmp_path.iterdir()}
+    assert names >= {'args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'best.pth', 'last.pth', 'events.out'}
+    result, log = run.json(), run.log()
+    assert result['finished'] and result['seed'] == 3 and result['arguments']['epochs'] == 2
+    assert result['versions']['torch'] == torch.__version__ and 'main_base.py' in result['command']
+    assert [record['epoch'] for record in log] == [0, 1] and log[1]['valid']['n'] == 15
+    assert result['last'] == {'epoch': 1, **log[1]['valid']}
+    assert result['best']['correct1'] == max(record['valid']['correct1'] for record in log)
+    assert log[0]['train']['losses']['ce'] == pytest.approx(log[0]['train']['loss'])
+    assert '39 training and 15 validation images, 3 classes' in run.out and 'global batch 8' in run.out
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=3)
+    network.load_state_dict(run.weights('best.pth'))
+
+
+def test_it_learns(base, images, tmp_path):
+    run = base(images, '--epochs', 6, '--lr', 0.005, '--schedule', 'cosine', '--output', tmp_path, '--image-size', 64)
+    assert run.json()['best']['top1'] > 60 and run.log()[-1]['train']['loss'] < run.log()[0]['train']['loss']
+
+
+def test_an_epoch_is_what_a_plain_loop_does(base, images, tmp_path):
+    """The same two epochs written down naively: torch's own SGD and loss, one image after the other."""
+    run = base(images, '--epochs', 2, '--nesterov', '--label-smoothing', 0.1, '--image-size', 64, '--output', tmp_path)
+    seed_everything(3, 'initial weights')
+    network = create_model('shufflenet_v2_x0_5', 3)
+    optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-4, nesterov=True)
+    normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    crop = torchvision.transforms.Compose([torchvision.transforms.RandomResizedCrop(64),
+                                           torchvision.transforms.RandomHorizontalFlip()])
+    folder = torchvision.datasets.ImageFolder(images / 'train')
+    for epoch in range(2):
+        order = torch.randperm(39, generator=generator(3, 'order', epoch)).tolist()
+        for begin in range(0, 39, 8):
+            views, targets = [], []
+            for i in order[begin:begin + 8]:
+                with seeded(3, 'view', epoch, i):
+                    views.append(normalize(torchvision.transforms.functional.to_tensor(crop(folder[i][0]))))
+                targets.append(folder[i][1])
+            loss = torch.nn.functional.cross_entropy(network(torch.stack(views)), torch.tensor(targets),
+                                                     label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, value in network.state_dict().items():
+        assert torch.allclose(run.weights()[name], value, rtol=1e-3, atol=1e-4), name
+
+
+def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
+    """With a learning rate of 0 and frozen statistics nothing improves after the first epoch."""
+    run = base(images, '--epochs', 3, '--lr', 0, '-a', 'squeezenet1_1', '--image-size', 64, '--output', tmp_path)
+    assert run.json()['best']['epoch'] == 0 and run.json()['last']['epoch'] == 2
+
+
+def test_evaluation_counts_are_exact(base, images, tmp_path):
+    """Against a slow loop, for batch sizes that divide and that do not."""
+    torch.manual_seed(1)
+    network = create_model('shufflenet_v2_x0_5', 3).eval()
+    torch.save(network.state_dict(), tmp_path / 'w.pth')
+    dataset, prepare = Images(Folder(images / 'valid'), CenterView(32)), torchvision.transforms.Normalize(
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    right = 0
+    for i in range(len(dataset)):
+        sample = dataset[(0, i)]
+        with torch.no_grad():
+            logits = network(prepare(sample.images / 255)[None])
+        right += int(logits.argmax()) == sample.target
+    for batch in (1, 4, 15, 64):
+        run = base(images, '-e', '--student-resume', tmp_path / 'w.pth', '-b', batch, '--output', tmp_path / 'e')
+        score = run.json('evaluate.json')['scores']['student']
+        assert (score['correct1'], score['correct5'], score['n']) == (right, 15, 15)  # top-5 of 3 classes
+
+
+def test_teacher_and_student_in_one_pass(base, images, tmp_path):
+    paths = []
+    for name, seed in (('shufflenet_v2_x0_5', 1), ('mobilenet_v2', 2)):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / f'{name}.pth')
+        torch.save(create_model(name, 3).state_dict(), paths[-1])
+    both = base(images, '-e', '--student-resume', paths[0], '--teacher-arch', 'mobilenet_v2',
+                '--teacher-resume', paths[1], '--output', tmp_path / 'both').json('evaluate.json')['scores']
+    alone = base(images, '-e', '-a', 'mobilenet_v2', '--student-resume', paths[1], '--output', tmp_path / 'alone')
+    assert both['teacher'] == alone.json('evaluate.json')['scores']['student']
+    assert 0 <= both['agreement'] <= 100
+    same = base(images, '-e', '--student-resume', paths[0], '--teacher-arch', 'shufflenet_v2_x0_5', '--teacher-resume',
+                paths[0], '--output', tmp_path / 'same').json('evaluate.json')['scores']
+    assert same['agreement'] == 100 and same['teacher'] == same['student']
+
+
+def test_a_finished_run_can_be_evaluated_by_its_folder_or_files(base, images, tmp_path):
+    run = base(images, '--epochs', 1, '--output', tmp_path / 'run')
+    last = run.log()[-1]['valid']
+    for flags in (['--output', tmp_path / 'run'], ['--resume', tmp_path / 'run' / 'checkpoint.pth'],
+                  ['--resume', tmp_path / 'run' / 'last.pth'], ['--student-resume', tmp_path / 'run' / 'last.pth']):
+        assert f'({last["correct1"]}/15)' in base(images, '-e', *flags).out
+    assert 'random weights' in base(images, '-e').out
+
+
+def test_the_same_command_goes_on_and_another_is_refused(base, images, tmp_path):
+    flags = [images, '--epochs', 1, '--output', tmp_path]
+    first = base(*flags)
+    before = first.weights()
+    again = base(*flags)
+    assert again.code == 0 and 'resumed from' in again.out and 'done:' in again.out
+    assert len(again.log()) == 1
+    other = base(*flags, '--lr', 0.5)
+    assert other.code == 1 and '--lr is 0.5 here, 0.02 there' in other.err and '--overwrite' in other.err
+    assert_same(other.weights(), before)
+    assert base(*flags, '-j', 1, '-p', 3).code == 0  # says how to run, not what
+    anew = base(*flags, '--lr', 0.5, '--overwrite')
+    assert anew.code == 0 and 'resumed' not in anew.out and len(anew.log()) == 1
+    assert any(not torch.equal(anew.weights()[k], before[k]) for k in before)
+
+
+def test_resume_of_another_network_or_another_optimizer(base, images, tmp_path):
+    base(images, '--epochs', 1, '--output', tmp_path / 'a')
+    path = tmp_path / 'a' / 'checkpoint.pth'
+    run = base(images, '--resume', path, '-a', 'mobilenet_v2', '--output', tmp_path / 'b')
+    assert run.code == 1 and 'is a shufflenet_v2_x0_5, not a mobilenet_v2' in run.err
+    run = base(images, '--resume', path, '--num-classes', 7, '--output', tmp_path / 'c')
+    assert run.code == 1 and 'fc.weight is [3, 1024] instead of [7, 1024]' in run.err
+    run = base(images, '--resume', path, '--epochs', 2, '--wd', 0.1, '--output', tmp_path / 'd')
+    assert run.code == 0 and 'note:' in run.err and '--weight-decay is 0.1 here' in run.err
+    assert len(run.log()) == 1 and run.log()[0]['epoch'] == 1
+    saved = torch.load(tmp_path / 'd' / 'checkpoint.pth', weights_only=True)
+    assert saved['optimizer']['param_groups'][0]['weight_decay'] == 0.1
+
+
+def test_two_runs_do_not_share_a_folder(images, base, tmp_path):
+    import subprocess
+    import sys
+    hold = ('import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.lockf(f, fcntl.LOCK_EX); print("held", flush=True); '
+            'sys.stdin.read()')
+    holder = subprocess.Popen([sys.executable, '-c', hold, str(tmp_path / '.lock')], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    run = base(images, '--epochs', 1, '--output', tmp_path)
+    holder.communicate()
+    assert run.code == 1 and 'another run is writing to' in run.err
+    assert base(images, '--epochs', 1, '--output', tmp_path).code == 0
+
+
+def test_default_output_tells_script_data_network_and_time(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert base('--dummy', '--dummy-images', 4, '--num-classes', 1000, '--epochs', 1, '-b', 4).code == 0
+    (folder,) = (tmp_path / 'runs').iterdir()
+    assert folder.name.startswith('base-dummy-shufflenet_v2_x0_5-20')
+
+
+def interrupt_after(monkeypatch, updates: int):
+    """A signal that arrives during the n-th update."""
+    genuine, count = main_base.train_one_epoch.__globals__['seed_everything'], [0]
+
+    def seed(*key):
+        count[0] += 1
+        if count[0] == updates:
+            signals._note(15)
+        genuine(*key)
+    monkeypatch.setitem(main_base.train_one_epoch.__globals__, 'seed_everything', seed)
+
+
+@pytest.mark.parametrize('flags', [
+    ['-a', 'mobilenet_v2', '--ema', '0.9'],                                          # dropout, average
+    ['--optimizer', 'adamw', '--accum-steps', '2', '-b', '5'],                        # a tail of two unequal batches
+    ['--mixup', '0.2', '--cutmix', '1', '--auto-augment', 'randaugment', '--random-erasing', '0.5'],
+    ['--amp', 'bf16', '--channels-last', '--clip-grad', '1'],
+    ['--amp', 'fp16'],                                                                # the scaler's state
+], ids=lambda flags: ' '.join(flags))
+def test_resume_is_exact_to_the_bit(base, images, tmp_path, monkeypatch, flags):
+    """Stopped twice inside the first epoch and once in the second; ends as if never stopped."""
+    flags = [images, '--epochs', 2, '--warmup', '--warmup-epochs', 1, *flags]
+    whole = base(*flags, '--output', tmp_path / 'whole')
+    assert whole.code == 0, whole.err
+    for updates in (2, 1, 4):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, updates)
+            part = base(*flags, '--output', tmp_path / 'parts')
+        assert part.code == signals.EXIT_INTERRUPTED and (tmp_path / 'parts' / 'interrupted').exists()
+    rest = base(*flags, '--output', tmp_path / 'parts')
+    assert rest.code == 0 and not (tmp_path / 'parts' / 'interrupted').exists()
+    assert_same(rest.weights(), whole.weights())
+    assert_same(rest.weights('best.pth'), whole.weights('best.pth'))
+    for a, b in zip(rest.log(), whole.log(), strict=True):
+        assert a['valid'] == b['valid'] and a['train']['top1'] == b['train']['top1']
+        assert a['train']['loss'] == pytest.approx(b['train']['loss'])
+
+
+def test_a_signal_during_the_evaluation_loses_no_training(base, images, tmp_path, monkeypatch):
+    flags = [images, '--epochs', 1, '--output', tmp_path]
+    genuine = main_base.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(main_base, 'evaluate', lambda *a: signals._note(15) or genuine(*a))
+        assert base(*flags).code == signals.EXIT_INTERRUPTED
+    assert json.loads((tmp_path / 'interrupted').read_text()) == {'signal': 15, 'epoch': 0, 'sample': 39}
+    assert base(*flags).log()[0]['train']['top1'] > 0
+
+
+SWITCHES = ['--seed 4', '--lr 0.1', '--momentum 0.5', '--nesterov', '--wd 0.1', '--wd 0.1 --no-bias-decay',
+            '--random-erasing 1', '--clip-grad 0.01', '--label-smoothing 0.2', '--mixup 0.5', '--cutmix 1',
+            '--auto-augment autoaugment',
+            '--auto-augment randaugment', '--auto-augment trivialaugment', '--auto-augment augmix',
+            '--accum-steps 2', '--warmup --warmup-epochs 1', '--warmup --warmup-epochs 1 --warmup-by iteration',
+            '--schedule cosine', '--schedule linear', '--lr-drop-epochs 0', '--lr-drop-epochs 0 --lr-drop-ratio 0.5',
+            '--start-epoch 1 --epochs 2', '--optimizer adamw', '-b 12', '--image-size 40', '--amp bf16', '--ema 0.5',
+            '--num-classes 5', '-a shufflenet_v2_x1_0']
+
+
+def test_every_switch_changes_the_result_and_nothing_else_does(base, plain, tmp_path):
+    def digest(number, *flags):
+        run = base(*plain, '--output', tmp_path / str(number), *flags)
+        assert run.code == 0, (flags, run.err)
+        return sum(v.double().abs().sum().item() for v in run.weights().values())
+    results = {'': digest('plain')}
+    for number, switch in enumerate(SWITCHES):
+        results[switch] = digest(number, *switch.split())
+    # of these, --schedule constant is --schedule step before its first drop; --deterministic and the layout of the
+    # memory, workers and log are about how to run
+    assert digest('again', '--schedule', 'constant', '-p', 1, '--save-every', 1, '-j', 1) == results['']
+    values = list(results.values())
+    assert len(set(values)) == len(values), [k for k, v in results.items() if values.count(v) > 1]
+
+
+def test_deterministic_channels_last_and_compile_run(base, plain, tmp_path):
+    a, b = (base(*plain, '--deterministic', '--output', tmp_path / name) for name in 'ab')
+    assert_same(a.weights(), b.weights())
+    torch.use_deterministic_algorithms(False)
+    gentle = [*plain, '--lr', 1e-4, '--image-size', 64]
+    slow = base(*gentle, '--output', tmp_path / 'c').weights()
+    for name, flag in (('d', '--channels-last'), ('e', '--compile')):
+        other = base(*gentle, flag, '--output', tmp_path / name).weights()
+        assert other.keys() == slow.keys() and all(v.is_contiguous() for v in other.values())
+        seed_everything(3, 'initial weights')
+        moved = apart = 0.0
+        for key, value in create_model('shufflenet_v2_x0_5', 3).named_parameters():
+            moved += (slow[key] - value).square().sum()
+            apart += (slow[key] - other[key]).square().sum()
+        assert apart < 0.01 * moved, flag
+
+
+def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):
+    weights = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
+    torch.manual_seed(0)
+    state = torchvision.models.shufflenet_v2_x0_5().state_dict()
+    monkeypatch.setattr(type(weights), 'get_state_dict', lambda self, **kw: copy.deepcopy(state))
+    run = base(images, '--pretrained', '--epochs', 1, '--lr', 0, '--output', tmp_path)
+    assert torch.equal(run.weights()['conv1.0.weight'], state['conv1.0.weight'])
+    assert run.weights()['fc.weight'].shape == (3, 1024)
+
+
+def test_networks_of_torchvision_train_too(base, images, tmp_path):
+    run = base(images, '-a', 'squeezenet1_1', '--image-size', 64, '--epochs', 1, '--output', tmp_path)
+    assert run.code == 0
+    torchvision.models.squeezenet1_1(num_classes=3).load_state_dict(run.weights())
+
+
+@pytest.mark.parametrize('name, classes', [('cifar10', 10), ('cifar100', 100)])
+def test_cifar_recipe_on_dummy_data(base, tmp_path, name, classes):
+    run = base('--dummy', '--dummy-images', 16, '--dataset', name, '--epochs', 1, '--output', tmp_path)
+    assert run.code == 0 and run.weights()['fc.weight'].shape[0] == classes
+
+
+def test_both_names_of_the_evaluation_folder(base, tmp_path):
+    write_images(tmp_path / 'data' / 'train', 4, 0)
+    write_images(tmp_path / 'data' / 'val', 2, 1)
+    assert base(tmp_path / 'data', '--epochs', 1, '--output', tmp_path / 'o').log()[0]['valid']['n'] == 6
