@@ -21,11 +21,12 @@ def main():
 
 def worker(args, device):
     setup.configure(args)
-    run = Run(args)
+    run = Run(args, device)
 
     # data
     train, valid, classes = load_data(args, run.seed)
     outputs = args.num_classes or len(classes)
+    prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
     # network and its weights
     seed_everything(run.seed, 'initial weights')
@@ -42,7 +43,7 @@ def worker(args, device):
         if args.teacher_resume:
             networks['teacher'] = setup.place(build(args.teacher_arch, outputs), device, args)
             checkpoint.load_weights(networks['teacher'], args.teacher_resume)
-        run.report(evaluate(networks, valid, Prepare(args, device), device, args))
+        run.report(evaluate(networks, valid, prepare, device, args))
         return
 
     # what trains it
@@ -55,13 +56,15 @@ def worker(args, device):
 
     # epochs
     while run.progress['epoch'] < total_epochs(args):
-        train_one_epoch(task, train, Prepare(args, device, outputs), optimizer, scaler, ema, run, device, args)
-        run.end_epoch(evaluate({'student': run.shipped()}, valid, Prepare(args, device), device, args))
+        train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
+        run.end_epoch(evaluate({'student': run.shipped()}, valid, prepare, device, args))
     run.finish()
 
 
 def build(arch, classes, pretrained=False):
     """A network of models/ or of torchvision, or one line that says why not."""
+    if pretrained and classes != 1000:
+        distributed.say(f'note: the pretrained classifier has 1000 outputs; one with {classes} starts fresh')
     try:
         return create_model(arch, classes, pretrained)
     except (ValueError, OSError) as error:  # an unknown name, weights that cannot be downloaded

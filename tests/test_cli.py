@@ -60,6 +60,7 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     (['/data', '--overwrite', '--resume', 'x'], 'choose one'),
     (['/data', '--teacher-resume', 'x'], 'main_distill.py trains with a teacher'),
     (['/data', '--learning-rat0', '1'], 'unrecognized arguments'),
+    (['/data', '--start-epoch', '90'], 'behind the last epoch'),
     (['@/nowhere'], 'No such file'),
 ])
 def test_wrong_flags(flags, complaint, base):

@@ -147,6 +147,8 @@ def test_resume_of_another_network_or_another_optimizer(base, images, tmp_path):
     assert len(run.log()) == 1 and run.log()[0]['epoch'] == 1
     saved = torch.load(tmp_path / 'd' / 'checkpoint.pth', weights_only=True)
     assert saved['optimizer']['param_groups'][0]['weight_decay'] == 0.1
+    again = base(images, '--resume', path, '--epochs', 2, '--wd', 0.1, '--output', tmp_path / 'd')
+    assert again.code == 0 and f'resumed from {tmp_path / "d"}' in again.out  # not from where it once started
 
 
 def test_two_runs_do_not_share_a_folder(images, base, tmp_path):

@@ -163,6 +163,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--nesterov needs --optimizer sgd and a --momentum')
     if args.overwrite and args.resume != 'auto':
         parser.error('--overwrite starts anew, --resume PATH goes on: choose one')
+    if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:
+        parser.error('--start-epoch lies behind the last epoch')
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
     args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
     return args

@@ -209,13 +209,13 @@ class Images(Dataset):
 class Prepare:
     """To the device, normalised with ToTensor's and Normalize's arithmetic, mixed if asked for."""
 
-    def __init__(self, args, device, classes=None):
+    def __init__(self, args, device, mix_classes=None):
         mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in STATISTICS[args.dataset])
         self.mean, self.std, self.device = mean, std, device
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
-        mixers = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
-        mixers += [v2.CutMix(alpha=args.cutmix, num_classes=classes)] if args.cutmix else []
-        self.mix = v2.RandomChoice(mixers) if mixers and classes else None
+        mixers = [v2.MixUp(alpha=args.mixup, num_classes=mix_classes)] if args.mixup else []
+        mixers += [v2.CutMix(alpha=args.cutmix, num_classes=mix_classes)] if args.cutmix else []
+        self.mix = v2.RandomChoice(mixers) if mixers and mix_classes else None
 
     def __call__(self, batch: Batch) -> Batch:
         images, target, index = (x.to(self.device, non_blocking=True) for x in batch[:3])
@@ -250,9 +250,9 @@ class TrainData:
 def make_loader(images, order, args):
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
-    loader = DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
-                        persistent_workers=args.workers > 0, worker_init_fn=_worker, generator=torch.Generator(),
-                        multiprocessing_context=fork)
+    loader = DataLoader(images, batch_sampler=order, num_workers=args.workers, persistent_workers=args.workers > 0,
+                        pin_memory=torch.cuda.is_available() and not args.no_accel, worker_init_fn=_worker,
+                        generator=torch.Generator(), multiprocessing_context=fork)
     distributed.at_end.callback(_dismiss_workers, loader)
     return loader
 

@@ -1,5 +1,6 @@
 """What is counted while a network trains. Numbers stay on the device until a line is printed or a file is written."""
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -94,7 +95,8 @@ class Display:
         text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:7.1f} images/s  '
                 f'wait {self.waited / seconds:4.0%}  loss {means["loss"]:.4f}  top1 {means["top1"]:6.2f}  '
                 f'lr {rate:.4g}  ETA {left}')
-        if self.live:
+        if self.live:  # a line that wraps could not be rewritten
+            text = text[:shutil.get_terminal_size().columns - 1]
             print(f'\r\033[K{text}', end='\n' if done == self.updates else '', flush=True)
         else:
             print(text, flush=True)

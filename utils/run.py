@@ -29,8 +29,8 @@ FILES = ('args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.
 
 
 class Run:
-    def __init__(self, args):
-        self.args = args
+    def __init__(self, args, device):
+        self.args, self.device = args, device
         self.anew = args.overwrite and not distributed.restarts()  # what torchrun restarts goes on
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
@@ -41,19 +41,20 @@ class Run:
         args = self.args
         folder = Path(args.output or default_output(args))
         saved = origin = None
-        if args.resume != 'auto':
+        if not self.anew and not (args.evaluate and args.resume != 'auto'):
+            saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
+        own = saved is not None  # a run that --resume PATH once started goes on from its own checkpoints
+        if not own and args.resume != 'auto':
             try:
                 saved, origin = checkpoint.read(Path(args.resume)), Path(args.resume)
             except ValueError as error:
                 sys.exit(f'error: --resume: {error}')
             if not args.evaluate and not checkpoint.is_checkpoint(saved):
                 sys.exit(f'error: --resume: {origin} holds weights only; --student-resume starts from them')
-        elif not self.anew:
-            saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
         if checkpoint.is_checkpoint(saved):
             differences = differing(saved['arguments'], args)
             if differences and not args.evaluate:
-                if args.resume == 'auto':
+                if own:
                     sys.exit(f'error: {folder} holds a run with other arguments: {differences}; choose another '
                              '--output, or --overwrite to start anew')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
@@ -201,7 +202,7 @@ class Run:
         """All that is needed to do it again."""
         return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
                 'git': git_revision(), 'world_size': distributed.world(),
-                'device': torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+                'device': torch.cuda.get_device_name() if self.device.type == 'cuda' else platform.machine(),
                 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                              'torchvision': torchvision.__version__}}
 
