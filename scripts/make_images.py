@@ -139,21 +139,27 @@ def main():
             for label in range(args.classes)
             for n in range(count)}
     recipe = {'recipe': RECIPE} | {name: value for name, value in vars(args).items() if name != 'dir'}
-    made_by, manifest = root / 'made_by.json', json.dumps(recipe) + '\n'
+    drawing, made_by, manifest = root / 'drawing.json', root / 'made_by.json', json.dumps(recipe) + '\n'
+
+    def says(path):
+        return path.is_file() and path.read_text() == manifest
 
     try:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            # The manifest is written last: it vouches for its images unless somebody added or removed some since.
+            # The manifest gets its name last: it vouches for its images unless somebody added or removed some since.
             found = {path.relative_to(root).as_posix() for path in root.glob('*/*/*')}
-            if made_by.is_file() and made_by.read_bytes() == manifest.encode() and found == set(jobs):
+            if says(made_by) and found == set(jobs):
                 print(f'{root}: {len(jobs)} images in {args.classes} classes are there already')
                 return
-            refuse(f'{root} holds something else than these images: remove it, or name another folder')
+            if not says(drawing):  # else we were stopped while drawing, and draw again
+                refuse(f'{root} holds something else than these images: remove it, or name another folder')
+        root.mkdir(parents=True, exist_ok=True)
+        drawing.write_text(manifest)
         for path, job in jobs.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             image, quality = draw(args.seed, *job, args.size)
             image.save(root / path, quality=quality)
-        made_by.write_text(manifest)
+        drawing.rename(made_by)
     except OSError as error:
         refuse(f'{error.filename or root}: {error.strerror}')
     print(f'{root}: {len(jobs)} images in {args.classes} classes')

@@ -92,9 +92,8 @@ class Display:
         seconds = max(time.time() - self.began, 1e-9)
         speed, means, width = self.samples / seconds, percentages(sums), len(str(self.updates))
         left = timedelta(seconds=round((self.samples_left - self.samples) / max(speed, 1e-9)))
-        text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:7.1f} images/s  '
-                f'wait {self.waited / seconds:4.0%}  loss {means["loss"]:.4f}  top1 {means["top1"]:6.2f}  '
-                f'lr {rate:.4g}  ETA {left}')
+        text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:.1f} img/s  wait {self.waited / seconds:.0%}  '
+                f'loss {means["loss"]:.4f}  top1 {means["top1"]:.2f}  ETA {left}  lr {rate:.4g}')
         if self.live:  # a line that wraps could not be rewritten
             text = text[:shutil.get_terminal_size().columns - 1]
             print(f'\r\033[K{text}', end='\n' if done == self.updates else '', flush=True)
