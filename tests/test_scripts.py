@@ -9,7 +9,8 @@ from utils.data import Folder
 
 
 def tool(name, *args):
-    return subprocess.run([sys.executable, str(ROOT / 'scripts' / name), *map(str, args)], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / 'scripts' / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_images_are_a_function_of_the_arguments(tmp_path):
