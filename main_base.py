@@ -43,6 +43,7 @@ def worker(args, device):
         if args.teacher_resume:
             networks['teacher'] = setup.place(build(args.teacher_arch, outputs), device, args)
             checkpoint.load_weights(networks['teacher'], args.teacher_resume)
+        networks = {name: distributed.replicated(network, device, args) for name, network in networks.items()}
         run.report(evaluate(networks, valid, prepare, device, args))
         return
 
@@ -57,7 +58,8 @@ def worker(args, device):
     # epochs
     while run.progress['epoch'] < total_epochs(args):
         train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
-        run.end_epoch(evaluate({'student': run.shipped()}, valid, prepare, device, args))
+        shipped = distributed.replicated(run.shipped(), device, args)
+        run.end_epoch(evaluate({'student': shipped}, valid, prepare, device, args))
     run.finish()
 
 

@@ -118,6 +118,11 @@ def test_wrong_devices_and_ranks(base, images, tmp_path):
     assert 'several nodes need --rank' in line
 
 
+def test_fewer_images_than_ranks(base, images, tmp_path, monkeypatch):
+    monkeypatch.setattr('utils.data.distributed.world', lambda: 9)
+    assert 'a batch of 8 is smaller than the number of ranks, 9' in one_line(base(images, '--output', tmp_path / 'o'))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
 def test_gpu_that_is_not_there(base, images):
     flags = [flag for flag in QUICK if flag != '--no-accel']

@@ -60,7 +60,7 @@ def test_order_depends_on_seed_and_epoch_and_goes_on_from_any_sample():
 
 @pytest.mark.parametrize('world', [1, 2, 3, 20])
 def test_evaluation_covers_every_sample_once(world):
-    orders = [EvalOrder(15, 4, rank, world) for rank in range(world)]
+    orders = [EvalOrder(range(15), 4, rank, world) for rank in range(world)]
     assert Counter(i for order in orders for batch in order for _, i in batch) == Counter(range(15))
     assert all(len(list(order)) == len(order) for order in orders)
 
@@ -88,6 +88,17 @@ def test_workers_change_nothing(images, workers):
     for batch, indices in zip(got, epoch_of(order, 1, 8), strict=True):
         assert batch.index.tolist() == indices
         assert torch.equal(batch.images, torch.stack([train.images[(1, i)].images for i in indices]))
+
+
+def test_a_sample_of_the_training_images_is_split_over_the_ranks_and_changes_with_the_epoch(images):
+    args, source = arguments('-j', '0'), Folder(images / 'train')
+
+    def sample(rank, epoch):
+        plain = data.make_loader(Images(source, CenterView(32)), EvalOrder([], 4, rank, 2), args)
+        train = data.TrainData(Images(source, CenterView(32)), TrainOrder(39, 8, 1, 5, rank, 2), args, plain)
+        return [i for batch in train.sample(epoch, 21) for i in batch.index.tolist()]
+    both = sample(0, 1) + sample(1, 1)
+    assert len(both) == len(set(both)) == 21 and set(both) != set(sample(0, 2) + sample(1, 2))
 
 
 def test_pixels_are_those_of_the_classic_stack(images):

@@ -226,9 +226,9 @@ class Prepare:
 
 
 class TrainData:
-    def __init__(self, images: Images, order: TrainOrder, args):
+    def __init__(self, images: Images, order: TrainOrder, args, plain: DataLoader | None = None):
         self.images, self.order = images, order
-        self.loader = make_loader(images, order, args)
+        self.loader, self.plain = make_loader(images, order, args), plain
         self.reported = set()
 
     def updates(self, epoch: int, start: int):
@@ -237,6 +237,12 @@ class TrainData:
         batches = iter(self.loader)
         for end, micro in self.order.plan():
             yield end, [(weight, next(batches)) for weight in self.order.weights(micro)]
+
+    def sample(self, epoch: int, count: int):
+        """Batches of training images as an evaluation sees images, others in every epoch, split over the ranks."""
+        order = torch.randperm(self.order.length, generator=generator(self.order.seed, 'sample', epoch))
+        self.plain.batch_sampler.samples = order[:count].tolist()
+        return iter(self.plain)
 
     def report_bad(self, batches) -> int:
         """How many images of an update were replaced; each is named once."""
@@ -306,9 +312,11 @@ def load_data(args, seed: int):
     if batch < world:
         sys.exit(f'error: a batch of {batch} is smaller than the number of ranks, {world}')
     folder = args.dataset == 'imagefolder'
-    view = (CenterView if folder else PlainView)(args.image_size)
-    evaluation = make_loader(Images(valid, view), EvalOrder(len(valid), max(batch // world, 1), rank, world), args)
+    plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
+    evaluation = make_loader(Images(valid, plain), EvalOrder(range(len(valid)), share, rank, world), args)
     if train:
         view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
-        train = TrainData(Images(train, view), TrainOrder(len(train), batch, args.accum_steps, seed, rank, world), args)
+        order = TrainOrder(len(train), batch, args.accum_steps, seed, rank, world)
+        sample = make_loader(Images(train, plain), EvalOrder([], share, rank, world), args)
+        train = TrainData(Images(train, view), order, args, sample)
     return train, evaluation, valid.classes

@@ -198,9 +198,14 @@ def wrap(task, device, args):
     if dist.is_initialized():
         return DistributedDataParallel(task, device_ids=[device.index] if device.type == 'cuda' else None,
                                        gradient_as_bucket_view=True)
-    if device.type == 'cuda' and args.gpu is None and torch.cuda.device_count() > 1:
-        task.student = DataParallel(task.student)
+    task.student = replicated(task.student, device, args)
     return task
+
+
+def replicated(network, device, args):
+    """DataParallel where one process was started without a word and sees several GPUs, else the network as it is."""
+    alone = device.type == 'cuda' and args.gpu is None and not dist.is_initialized()
+    return DataParallel(network) if alone and torch.cuda.device_count() > 1 else network
 
 
 def accumulating(task, last: bool):

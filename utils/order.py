@@ -49,12 +49,13 @@ class TrainOrder(Sampler):
 class EvalOrder(Sampler):
     """Every sample exactly once over all ranks, in strides; a rank may get none."""
 
-    def __init__(self, length: int, batch: int, rank: int, world: int):
-        self.mine, self.batch = range(rank, length, world), batch
+    def __init__(self, samples, batch: int, rank: int, world: int):
+        self.samples, self.batch, self.rank, self.world = samples, batch, rank, world
 
     def __iter__(self):
-        for begin in range(0, len(self.mine), self.batch):
-            yield [(0, index) for index in self.mine[begin:begin + self.batch]]
+        mine = self.samples[self.rank::self.world]
+        for begin in range(0, len(mine), self.batch):
+            yield [(0, index) for index in mine[begin:begin + self.batch]]
 
     def __len__(self):
-        return -(-len(self.mine) // self.batch)
+        return -(-len(self.samples[self.rank::self.world]) // self.batch)
