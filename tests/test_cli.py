@@ -1,4 +1,6 @@
 """The command line: what it takes, what it refuses and how."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import QUICK, ROOT, write_images
@@ -119,7 +121,7 @@ def test_wrong_devices_and_ranks(base, images, tmp_path):
 
 
 def test_fewer_images_than_ranks(base, images, tmp_path, monkeypatch):
-    monkeypatch.setattr('utils.data.distributed.world', lambda: 9)
+    monkeypatch.setattr('utils.data.distributed', SimpleNamespace(world=lambda: 9, rank=lambda: 0, nodes=lambda: 1))
     assert 'a batch of 8 is smaller than the number of ranks, 9' in one_line(base(images, '--output', tmp_path / 'o'))
 
 
