@@ -16,6 +16,8 @@ from utils.run import Run
 def main():
     parser = base_parser('Train or evaluate a network.')
     args = check(parser, parser.parse_args())
+    if args.teacher_resume and not args.evaluate:
+        parser.error('--teacher-resume needs --evaluate here; main_distill.py trains with a teacher')
     distributed.launch(worker, args)
 
 
@@ -35,15 +37,12 @@ def worker(args, device):
         checkpoint.load_weights(student, args.student_resume)
 
     if args.evaluate:
-        networks = {'student': student}
-        if run.saved and not args.student_resume:
-            checkpoint.fill(student, run.saved, run.origin)
-        elif not (args.student_resume or args.pretrained):
-            distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
+        load_evaluated(student, run, args)
+        networks = {'student': distributed.replicated(student, device, args)}
         if args.teacher_resume:
-            networks['teacher'] = setup.place(build(args.teacher_arch, outputs), device, args)
-            checkpoint.load_weights(networks['teacher'], args.teacher_resume)
-        networks = {name: distributed.replicated(network, device, args) for name, network in networks.items()}
+            teacher = setup.place(build(args.teacher_arch, outputs), device, args)
+            checkpoint.load_weights(teacher, args.teacher_resume)
+            networks['teacher'] = distributed.replicated(teacher, device, args)
         run.report(evaluate(networks, valid, prepare, device, args))
         return
 
@@ -71,6 +70,14 @@ def build(arch, classes, pretrained=False):
         return create_model(arch, classes, pretrained)
     except (ValueError, OSError) as error:  # an unknown name, weights that cannot be downloaded
         sys.exit(f'error: {arch}: {error}')
+
+
+def load_evaluated(student, run, args):
+    """What --evaluate scores, where no --student-resume has named it."""
+    if run.saved and not args.student_resume:
+        checkpoint.fill(student, run.saved, run.origin)
+    elif not (args.student_resume or args.pretrained):
+        distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
 
 
 if __name__ == '__main__':

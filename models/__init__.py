@@ -11,7 +11,7 @@ from torch import nn
 from .features import Features
 from .imagenet import NETWORKS
 
-__all__ = ['Features', 'create_model', 'model_names']
+__all__ = ['NETWORKS', 'Features', 'create_model', 'model_names']
 
 # networks of ours whose weights torchvision has under another name
 WEIGHTS_OF = {'shufflenet_v2': 'shufflenet_v2_x1_0', 'mobilenet_v2_mgd': 'mobilenet_v2'}

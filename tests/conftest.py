@@ -15,6 +15,7 @@ PROGRAMS = ROOT / 'tests' / 'programs'
 sys.path.insert(0, str(ROOT))
 
 import main_base  # noqa: E402
+import main_distill  # noqa: E402
 from utils import signals  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
@@ -65,13 +66,23 @@ def output_of(args):
 @pytest.fixture
 def base(monkeypatch, capfd):
     """main_base.py in this process."""
+    return in_process(main_base, monkeypatch, capfd)
+
+
+@pytest.fixture
+def distill(monkeypatch, capfd):
+    """main_distill.py in this process."""
+    return in_process(main_distill, monkeypatch, capfd)
+
+
+def in_process(module, monkeypatch, capfd):
     def run(*args, quick=True) -> Outcome:
         args = [*(QUICK if quick else []), *map(str, args)]
-        monkeypatch.setattr(sys, 'argv', ['main_base.py', *args])
+        monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *args])
         signals._caught.clear()
         code = 0
         try:
-            main_base.main()
+            module.main()
         except SystemExit as stop:
             code = stop.code or 0
             if isinstance(code, str):

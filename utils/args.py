@@ -88,7 +88,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--teacher-arch', metavar='ARCH',
                    help='network of --teacher-resume (default: resnet152 for resnet50, else resnet50)')
     g.add_argument('--teacher-resume', metavar='PATH',
-                   help='with --evaluate: score the teacher in this file in the same pass')
+                   help='weights of the teacher; main_base.py scores it in the same pass as the network')
     g.add_argument('--sync-bn', **on, help='BatchNorm statistics over all ranks (GPUs only)')
 
     g = parser.add_argument_group('optimization')
@@ -157,8 +157,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('DIR is missing (or use --dummy)')
     if args.dummy and args.data is not None:
         parser.error('--dummy takes no DIR')
-    if args.teacher_resume and not args.evaluate:
-        parser.error('--teacher-resume needs --evaluate here; main_distill.py trains with a teacher')
     if args.nesterov and (args.optimizer != 'sgd' or not args.momentum):
         parser.error('--nesterov needs --optimizer sgd and a --momentum')
     if args.overwrite and args.resume != 'auto':

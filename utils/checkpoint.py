@@ -6,9 +6,11 @@ checkpoint.pth is a plain dict:
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, best, last, seconds
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
+    facts      what else the run is tied to: the teacher's name and the hash of its weights
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.
 """
+import hashlib
 import os
 import pickle
 import sys
@@ -135,6 +137,15 @@ def load_weights(network: nn.Module, path):
     except ValueError as error:
         sys.exit(f'error: {error}')
     fill(network, content, path)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of a network's weights and statistics."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _line(error) -> str:

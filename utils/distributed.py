@@ -195,6 +195,10 @@ def sync_buffers(module):
 
 def wrap(task, device, args):
     """DDP around the whole task, DataParallel around its student alone, or the task as it is."""
+    if args.sync_bn:
+        if device.type != 'cuda' or not dist.is_initialized():
+            sys.exit('error: --sync-bn needs GPUs with one process each (torchrun or --multiprocessing-distributed)')
+        task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
     if dist.is_initialized():
         return DistributedDataParallel(task, device_ids=[device.index] if device.type == 'cuda' else None,
                                        gradient_as_bucket_view=True)

@@ -34,7 +34,7 @@ class Run:
         self.anew = args.overwrite and not distributed.restarts()  # what torchrun restarts goes on
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
-        self.parts, self.began, self.writer = {}, time.time(), None
+        self.parts, self.facts, self.began, self.writer = {}, {}, time.time(), None
 
     def _open(self):
         """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
@@ -108,6 +108,10 @@ class Run:
                     part.load_state_dict(self.saved[name])
             except (KeyError, ValueError, RuntimeError) as error:
                 sys.exit(f'error: cannot go on from {self.origin}: {name}: {str(error).splitlines()[0]}')
+        for name, fact in self.facts.items():
+            if self.saved['facts'].get(name) != fact:
+                sys.exit(f'error: cannot go on from {self.origin}: its {name} is {self.saved["facts"].get(name)}, '
+                         f'this one {fact}')
         self.progress = self.saved['progress']
         if distributed.is_main():
             print(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample {self.progress["sample"]}')
@@ -124,6 +128,14 @@ class Run:
             f'{args.accum_steps} batches per update; learning rate {args.lr:g}; {total_epochs(args)} epochs; '
             f'seed {self.seed}; in {self.folder}')
 
+    def tell(self, news: dict[str, list[dict]]):
+        """What methods did before an epoch, in rows of numbers by name: printed, and in the record of the epoch."""
+        self.progress['news'] = news or self.progress.get('news', {})  # a resumed epoch's were told before
+        for name, rows in news.items():
+            for row in rows:
+                told = (f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in row.items() if v is not None)
+                distributed.say(f'{name}: {", ".join(told)}')
+
     def seconds(self) -> float:
         return self.progress['seconds'] + time.time() - self.began
 
@@ -134,7 +146,7 @@ class Run:
         checkpoint.save(self.folder / 'checkpoint.pth', {
             'format': checkpoint.FORMAT, **{name: part.state_dict() for name, part in self.parts.items()},
             'progress': self.progress | {'seconds': self.seconds()}, 'seed': self.seed,
-            'arguments': recorded(self.args), 'world_size': distributed.world()})
+            'arguments': recorded(self.args), 'facts': self.facts, 'world_size': distributed.world()})
 
     def shipped(self):
         """The network that is evaluated and given away."""
@@ -149,7 +161,7 @@ class Run:
         epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
         record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
-                  'seconds': round(self.seconds(), 2)}
+                  'seconds': round(self.seconds(), 2), 'news': progress.pop('news', {})}
         last = {'epoch': epoch, **score}
         progress.update(epoch=epoch + 1, sample=0, sums={}, last=last, best=last if best else progress['best'])
         distributed.from_main(lambda: self._write_epoch(record, best))
@@ -201,7 +213,7 @@ class Run:
     def _origin(self) -> dict:
         """All that is needed to do it again."""
         return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
-                'git': git_revision(), 'world_size': distributed.world(),
+                'git': git_revision(), **self.facts, 'world_size': distributed.world(),
                 'device': torch.cuda.get_device_name() if self.device.type == 'cuda' else platform.machine(),
                 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                              'torchvision': torchvision.__version__}}

@@ -1,6 +1,5 @@
 """Switches of the whole process, and a network's way to its device."""
 import os
-import sys
 
 import torch
 from torch import nn
@@ -15,11 +14,7 @@ def configure(args):
 
 
 def place(network: nn.Module, device: torch.device, args) -> nn.Module:
-    """To the device, in the layout and form the flags ask for; no name in its state_dict changes."""
-    if args.sync_bn:
-        if device.type != 'cuda' or not torch.distributed.is_initialized():
-            sys.exit('error: --sync-bn needs GPUs with one process each (torchrun or --multiprocessing-distributed)')
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    """To the device, in the layout the flags ask for; no name in its state_dict changes."""
     network = network.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     if args.compile:
         network.compile()

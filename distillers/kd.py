@@ -1,0 +1,26 @@
+"""Distilling the Knowledge in a Neural Network. Hinton, Vinyals, Dean, NIPS workshop 2014."""
+import torch.nn.functional as F
+
+from .base import Distiller, positive
+
+
+class KD(Distiller):
+    """The student's softened predictions shall be the teacher's.
+
+        L = weight * T^2 * mean_b KL(p_t || p_s),   p = softmax(z / T)
+
+    temperature: T, of both softmaxes
+    weight: factor of the loss
+    """
+
+    default_ce_weight = 0.1
+
+    def __init__(self, student, teacher, *, temperature=4.0, weight=0.9):
+        super().__init__()
+        positive(temperature=temperature, weight=weight)
+        self.temperature, self.weight = temperature, weight
+
+    def forward(self, s, t, batch):
+        T = self.temperature
+        log_p_s, log_p_t = (F.log_softmax(z.float() / T, dim=1) for z in (s.logits, t.logits))  # [N, K]
+        return {'kd': self.weight * T**2 * F.kl_div(log_p_s, log_p_t, reduction='batchmean', log_target=True)}

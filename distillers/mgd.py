@@ -1,0 +1,250 @@
+"""Matching Guided Distillation. Yue, Deng, Zhou, ECCV 2020 (not Masked Generative Distillation, also called MGD).
+
+Stage by stage, every student channel is given g = tc // sc teacher channels of its own, so that paired channels look
+alike (the flow), and learns the reduction of them to one map.
+"""
+import math
+import time
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
+from torch import Tensor, nn
+
+from utils import distributed
+
+from .base import Distiller, positive, probe
+
+BATCHED_FROM = 400  # pixels of a map from which on one product per image is faster than one for the batch
+RESOLUTION = 10**8  # the solver wants integers: this many steps from the smallest cost to the largest
+
+
+class MGD(Distiller):
+    """Match the channels, then their maps before the last activation of a stage.
+
+        S = norm(F_s),  T = max(reduce(F_t[flow]), m)                       m: margins of the teacher's channels
+        L = sum_i factor_i / loss_factor * mean_b sum (S - T)^2 [S > T or T > 0]
+
+    Stages are paired from the deepest on, as long as the maps have equal sizes; the shallow rest is ignored.
+
+    reducer: g channels to one: amp: largest absolute value; sp: largest; rd: random; sm: none, match one to one
+    update_freq: epochs between two updates of the flow
+    loss_factor: divisor of the loss
+    stage_factors: of the paired stages, deepest last (default: 1 for the deepest, half as much for each before it)
+    remainder: teacher channels that do not divide: assign the best g of all, or cut the last ones off as published
+    """
+
+    def __init__(self, student, teacher, *, reducer: Literal['amp', 'sp', 'rd', 'sm'] = 'amp', update_freq=1,
+                 loss_factor=1e4, stage_factors: tuple[float, ...] = (),
+                 remainder: Literal['assign', 'cut'] = 'assign'):
+        super().__init__()
+        positive(update_freq=update_freq, loss_factor=loss_factor)
+        self.reduce, self.update_freq, self.loss_factor = REDUCERS[reducer], update_freq, loss_factor
+
+        shapes_s, shapes_t = ([x.shape[1:] for x in probe(network).preact] for network in (student, teacher))
+        self.pairing = pair(shapes_s, shapes_t)
+        self.stages = nn.ModuleList()
+        for i, j in self.pairing:
+            sc, tc = shapes_s[i][0], shapes_t[j][0]
+            g = 1 if reducer == 'sm' else tc // sc
+            candidates = g * sc if remainder == 'cut' and reducer != 'sm' else tc
+            self.stages.append(Stage(sc, tc, g, candidates, teacher.feature_norms[j]))
+        n = len(self.stages)
+        self.stage_factors = stage_factors or [0.5 ** (n - 1 - i) for i in range(n)]
+        if len(self.stage_factors) != n:
+            raise ValueError(f'{len(self.stage_factors)} stage_factors for {n} pairs of stages')
+
+        self.register_buffer('updated', torch.tensor(0))  # the epoch that the flow was last solved for
+
+    def forward(self, s, t, batch):
+        losses = [factor * stage(s.preact[i], t.preact[j], self.reduce)
+                  for stage, (i, j), factor in zip(self.stages, self.pairing, self.stage_factors)]
+        return {'mgd': sum(losses) / (len(s.logits) * self.loss_factor)}
+
+    @torch.no_grad()
+    def start_epoch(self, epoch, pairs):
+        """Solve the flow anew where it is due and a resumed run has not brought it along."""
+        self.report, last = [], self.updated.item()
+        if last == epoch or (last and (epoch - 1) % self.update_freq):
+            return
+        tracks = [Track(stage) for stage in self.stages]
+        count = 0
+        for s, t in pairs():
+            count += len(s.logits)
+            for track, (i, j) in zip(tracks, self.pairing):
+                track.add(s.preact[i], t.preact[j])
+        count, = distributed.agree(count)
+        if not count:
+            raise ValueError('there are no images to match the channels by')
+        self.report = [{'stage': i} | stage.update(track, count, first=not last)
+                       for stage, track, (i, _) in zip(self.stages, tracks, self.pairing)]
+        self.updated.fill_(epoch)
+
+
+def pair(shapes_s, shapes_t) -> list[tuple[int, int]]:
+    """Numbers of the stages to pair, shallow to deep, from [C, H, W] of all of them."""
+    pairs = []
+    for back in range(1, min(len(shapes_s), len(shapes_t)) + 1):
+        (sc, *size_s), (tc, *size_t) = shapes_s[-back], shapes_t[-back]
+        if size_s != size_t:
+            break
+        if sc > tc:
+            raise ValueError(f'the student has {sc} channels where the teacher has {tc}; every student channel needs '
+                             'a teacher channel of its own: take a wider teacher or a narrower student')
+        pairs.append((len(shapes_s) - back, len(shapes_t) - back))
+    if not pairs:
+        shown = ' and '.join(str([tuple(shape) for shape in shapes]) for shapes in (shapes_s, shapes_t))
+        raise ValueError('the deepest maps of student and teacher differ in size: take networks that shrink the image '
+                         f'equally (channels, height and width of the stages: {shown})')
+    return pairs[::-1]
+
+
+class Stage(nn.Module):
+    """A pair of maps. flow[k, c] is the k-th of the g teacher channels of student channel c, in ascending order."""
+
+    def __init__(self, sc: int, tc: int, g: int, candidates: int, teacher_norm: nn.Module | None):
+        super().__init__()
+        self.candidates = candidates  # only the first of the teacher's channels, where the remainder is cut
+        self.norm = nn.BatchNorm2d(sc)
+        self.tells_margins = tells_margins(teacher_norm)
+        self.register_buffer('margins', margins_of(teacher_norm) if self.tells_margins else torch.zeros(tc))
+        self.register_buffer('flow', torch.arange(g * sc).view(g, sc))
+
+    def forward(self, f_s: Tensor, f_t: Tensor, reduce) -> Tensor:
+        """[N, sc, H, W], [N, tc, H, W] -> the summed loss."""
+        s = self.norm(f_s.float())
+        groups = (f_t.index_select(1, members) for members in self.flow)  # g times [N, sc, H, W], one at a time
+        t, m = reduce(groups, self.margins[self.flow])
+        return partial_l2(s, torch.maximum(t.float(), m.view(-1, 1, 1)))
+
+    def update(self, track: 'Track', count: int, first: bool) -> dict:
+        """Take the flow, and margins that no norm tells, from what was tracked; say what came of it."""
+        cost = 2 - 2 * distributed.total(track.cosines) / count
+        if not cost.isfinite().all():
+            raise ValueError('there is nothing to match: features of the student or the teacher are not finite')
+        if not self.tells_margins:
+            below, number = distributed.total(track.negative)
+            self.margins.copy_(below / number.clamp(min=1))
+
+        g, sc = self.flow.shape
+        start = time.perf_counter()
+        flow = distributed.from_main(lambda: match(cost[:, :self.candidates].cpu(), g)).to(cost.device)
+        seconds = time.perf_counter() - start
+
+        owner, owner_before = torch.full((2, cost.shape[1]), -1, device=cost.device)
+        owner[flow] = channels = torch.arange(sc, device=cost.device).expand(g, sc)
+        owner_before[self.flow] = channels
+        changed = None if first else (owner != owner_before)[flow].double().mean().item()
+        self.flow.copy_(flow)
+        return {'shape': [sc, cost.shape[1]], 'cost': cost[channels, flow].mean().item(), 'changed': changed,
+                'seconds': seconds}
+
+
+class Track:
+    """Sums over the images of one update: cosines of all channels, and the teacher's negative values."""
+
+    def __init__(self, stage: Stage):
+        sc, tc = stage.norm.num_features, len(stage.margins)
+        self.cosines = stage.margins.new_zeros(sc, tc, dtype=torch.float64)  # so the order of the sum hardly matters
+        self.negative = None if stage.tells_margins else stage.margins.new_zeros(2, tc, dtype=torch.float64)
+
+    def add(self, f_s: Tensor, f_t: Tensor):
+        with torch.autocast(f_s.device.type, enabled=False):
+            self.cosines += cosines(f_s.float(), f_t.float())
+        if self.negative is not None:
+            self.negative[0] += f_t.float().clamp(max=0).sum((0, 2, 3))
+            self.negative[1] += (f_t < 0).sum((0, 2, 3))
+
+
+def cosines(f_s: Tensor, f_t: Tensor) -> Tensor:
+    """[N, sc, H, W], [N, tc, H, W] -> [sc, tc], cosines between maps summed over images.
+
+    One product for the batch reads less than one per image, but has to have large maps copied into its layout first.
+    """
+    s, t = f_s.flatten(2), f_t.flatten(2)
+    scale_s, scale_t = (1 / x.norm(dim=2, keepdim=True).clamp(min=1e-12) for x in (s, t))  # [N, C, 1]
+    if s.shape[2] >= BATCHED_FROM:
+        return ((s @ t.mT).mul_(scale_s).mul_(scale_t.mT)).sum(0)
+    s, t = ((x * scale).transpose(0, 1).flatten(1) for x, scale in ((s, scale_s), (t, scale_t)))  # [C, N * H * W]
+    return s @ t.T
+
+
+def match(cost: Tensor, g: int) -> Tensor:
+    """The cheapest flow: g teacher channels for every student channel, none twice. [sc, tc] -> [g, sc]
+
+    A flow from every student channel, g units strong, through teacher channels that let one unit pass, to a sink.
+    """
+    sc, tc = cost.shape
+    above = (cost - cost.min()).double().numpy()
+    units = np.rint(above * (RESOLUTION / max(above.max(), 1e-12))).astype(np.int64)
+
+    students, teachers = np.arange(sc, dtype=np.int32), np.arange(sc, sc + tc, dtype=np.int32)
+    sink = np.full(tc, sc + tc, dtype=np.int32)
+    solver = SimpleMinCostFlow()
+    arcs = solver.add_arcs_with_capacity_and_unit_cost(
+        students.repeat(tc), np.tile(teachers, sc), np.ones(sc * tc, np.int64), units.ravel())
+    solver.add_arcs_with_capacity_and_unit_cost(teachers, sink, np.ones(tc, np.int64), np.zeros(tc, np.int64))
+    solver.set_nodes_supplies(np.append(students, sink[:1]), np.append(np.full(sc, g), -g * sc))
+    status = solver.solve()
+    if status != solver.OPTIMAL:
+        raise RuntimeError(f'the solver found no matching of {sc} to {tc} channels: {status.name}')
+    chosen = solver.flows(arcs).reshape(sc, tc).nonzero()[1]
+    return torch.from_numpy(chosen.reshape(sc, g).T.copy())
+
+
+# Reducers: g maps [N, sc, H, W], one after the other, and their margins [g, sc] -> one map and its margins [sc]
+
+def absolute_max_pooling(groups, margins):
+    t = next(groups)
+    for u in groups:
+        t = torch.where(u.abs() > t.abs(), u, t)
+    return t, margins.mean(0)
+
+
+def simple_pooling(groups, margins):
+    t = next(groups)
+    for u in groups:
+        t = torch.maximum(t, u)
+    return t, margins.amax(0)
+
+
+def random_drop(groups, margins):
+    """A member per image, channel and pixel; for the margin, one per channel."""
+    t = next(groups)
+    choice = torch.randint(len(margins), t.shape, dtype=torch.int16, device=t.device)
+    for k, u in enumerate(groups, 1):
+        t = torch.where(choice == k, u, t)
+    return t, margins.gather(0, torch.randint(len(margins), margins[:1].shape, device=t.device))[0]
+
+
+def sparse_matching(groups, margins):
+    return next(groups), margins[0]
+
+
+REDUCERS = {'amp': absolute_max_pooling, 'sp': simple_pooling, 'rd': random_drop, 'sm': sparse_matching}
+
+
+# Loss and margins
+
+def partial_l2(s: Tensor, t: Tensor) -> Tensor:
+    """sum (s - t)^2 [s > t or t > 0]: where the teacher is silent, the student need not imitate but be silent too."""
+    with torch.no_grad():
+        t = torch.where((s > t) | (t > 0), t, s)
+    return F.mse_loss(s, t, reduction='sum')
+
+
+def tells_margins(norm: nn.Module | None) -> bool:
+    """Statistics that never moved belong to a norm folded into its convolution: its bias and weight mean nothing."""
+    mean, var = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
+    return mean is not None and bool((mean != 0).any() or (var != 1).any())
+
+
+@torch.no_grad()
+def margins_of(norm: nn.Module) -> Tensor:
+    """E[x | x < 0] of every channel x ~ N(bias, weight^2), and -3 sigma where hardly any x is negative."""
+    mu, sigma = norm.bias.double(), norm.weight.double().abs().clamp(min=1e-12)
+    z = mu / (sigma * math.sqrt(2))
+    mean = mu - sigma * math.sqrt(2 / math.pi) / torch.special.erfcx(z)
+    return torch.where(torch.special.erfc(z) / 2 > 1e-3, mean, -3 * sigma).float()

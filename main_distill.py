@@ -1,0 +1,107 @@
+"""Distil a student from a teacher: main_base.py plus the teacher and the distillers.
+
+    torchrun main_distill.py /imagenet --arch mobilenet_v1 --distiller mgd
+"""
+import argparse
+import sys
+
+import torch
+
+from distillers import DISTILLERS, Distillation, add_flags, from_flags
+from main_base import build, load_evaluated
+from models import NETWORKS
+from utils import checkpoint, distributed, setup
+from utils.args import base_parser, check, count, nonnegative, switch
+from utils.data import Prepare, load_data
+from utils.engine import evaluate, precision, train_one_epoch
+from utils.optim import make_ema, make_optimizer, total_epochs
+from utils.randomness import seed_everything
+from utils.run import Run
+
+
+def main():
+    parser = base_parser('Distil a student from a teacher.')
+    on = {'nargs': '?', 'const': True, 'default': False, 'type': switch, 'metavar': '0|1'}
+    g = parser.add_argument_group('distillation')
+    g.add_argument('--distiller', nargs='+', choices=DISTILLERS, default=['mgd'], metavar='NAME',
+                   help=f'methods, whose losses add up: {", ".join(DISTILLERS)}')
+    g.add_argument('--ce-weight', type=nonnegative, metavar='W',
+                   help="factor of the labels' cross entropy (default: the method's own if it runs alone, else 1)")
+    g.add_argument('--pair-images', type=count, default=20000, metavar='N',
+                   help='training images that a method may look at with both networks before an epoch')
+    g.add_argument('--skip-first-evaluation', action='store_true', help='do not score both networks at the start')
+    add_flags(parser, DISTILLERS)
+    g = parser.add_argument_group("MGD's own spellings")
+    g.add_argument('--use-pretrained', dest='pretrained', **on | {'default': argparse.SUPPRESS}, help='as --pretrained')
+    g.add_argument('--loss-factor', dest='mgd_loss_factor', type=float, default=argparse.SUPPRESS, metavar='X',
+                   help='as --mgd-loss-factor')
+    g.add_argument('--mgd-with-kd', **on, help='as --distiller mgd kd --kd-temperature 1.5 --kd-weight 1')
+    args = check(parser, parser.parse_args())
+    if args.mgd_with_kd:
+        args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
+    distributed.launch(worker, args)
+
+
+def worker(args, device):
+    setup.configure(args)
+    run = Run(args, device)
+
+    # data
+    train, valid, classes = load_data(args, run.seed)
+    outputs = args.num_classes or len(classes)
+    prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
+
+    # teacher and its weights
+    seed_everything(run.seed, 'teacher')
+    for arch in (args.teacher_arch, args.arch):
+        if arch not in NETWORKS:
+            sys.exit(f'error: {arch} does not show its features; networks that do: {", ".join(NETWORKS)}')
+    teacher = setup.place(build(args.teacher_arch, outputs, not (args.teacher_resume or args.dummy)), device, args)
+    if args.teacher_resume:
+        checkpoint.load_weights(teacher, args.teacher_resume)
+    elif args.dummy:
+        distributed.say('note: made-up images, made-up teacher: its weights are random')
+    run.facts['teacher'] = f'{args.teacher_arch} {checkpoint.fingerprint(teacher)}'
+
+    # student and its weights
+    seed_everything(run.seed, 'initial weights')
+    student = setup.place(build(args.arch, outputs, args.pretrained), device, args)
+    if args.student_resume:
+        checkpoint.load_weights(student, args.student_resume)
+
+    both = {'student': distributed.replicated(student, device, args),
+            'teacher': distributed.replicated(teacher, device, args)}
+    if args.evaluate:
+        load_evaluated(student, run, args)
+        run.report(evaluate(both, valid, prepare, device, args))
+        return
+
+    # distillers, and what trains them and the student
+    ema = make_ema(student, args)
+    try:
+        distillers = from_flags(DISTILLERS, args.distiller, args, student, teacher)
+    except ValueError as error:  # a pair that a method cannot work with
+        sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
+    distillation = Distillation(student, both['teacher'], distillers, args.ce_weight, args.label_smoothing).to(device)
+    task = distributed.wrap(distillation, device, args)
+    optimizer = make_optimizer(task, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    run.restore(model=student, distillers=distillation.distillers, optimizer=optimizer, scaler=scaler, ema=ema)
+    run.begin(student, train, valid)
+    if not (args.skip_first_evaluation or run.progress['epoch'] or run.progress['sample']):
+        run.report(evaluate(both, valid, prepare, device, args))
+
+    # epochs
+    while run.progress['epoch'] < total_epochs(args):
+        def look(epoch=run.progress['epoch']):
+            return map(prepare, train.sample(epoch, args.pair_images))
+        with precision(device, args):
+            run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))
+        train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
+        shipped = distributed.replicated(run.shipped(), device, args)
+        run.end_epoch(evaluate({'student': shipped}, valid, prepare, device, args))
+    run.finish()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,107 @@
+"""main_distill.py from beginning to end."""
+
+import pytest
+import torch
+from conftest import QUICK, ROOT, assert_same, start, torchrun_command
+
+import main_distill
+from models import create_model
+from utils import signals
+
+PAIR = ['--image-size', 64, '--teacher-arch', 'resnet18']  # resnet18 teaches shufflenet_v2_x0_5
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.manual_seed(5)
+    torch.save(create_model('resnet18', 3).state_dict(), path)
+    return path
+
+
+def flags(images, teacher, output, *more):
+    return [images, *PAIR, '--teacher-resume', teacher, '--epochs', 2, '--output', output, *more]
+
+
+def test_mgd_with_kd(distill, images, teacher, tmp_path):
+    run = distill(*flags(images, teacher, tmp_path, '--mgd-with-kd', 1, '--loss-factor', 1e5))
+    assert run.code == 0, run.err
+    assert 'teacher: top1' in run.out and 'agreement' in run.out and run.out.count('mgd: stage') == 6
+    log, result = run.log(), run.json()
+    assert set(log[0]['train']['losses']) == {'ce', 'mgd', 'kd'}
+    assert log[0]['train']['loss'] == pytest.approx(sum(log[0]['train']['losses'].values()), rel=1e-4)
+    assert len(log[0]['news']['mgd']) == 3 and {'cost', 'shape', 'seconds'} <= log[0]['news']['mgd'][0].keys()
+    assert result['teacher'].startswith('resnet18 ')
+    assert (result['arguments']['kd_temperature'], result['arguments']['mgd_loss_factor']) == (1.5, 1e5)
+    saved = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+    names = [name for part in ('model', 'distillers') for name in saved[part]]
+    assert not any(name.startswith('layer') for name in names)  # nothing of the teacher
+    assert any('flow' in name for name in names) and any('margins' in name for name in names)
+
+
+@pytest.mark.parametrize('more', [['--distiller', 'mgd'], ['--distiller', 'kd', '--ema', 0.9, '--accum-steps', 2]],
+                         ids=['mgd', 'kd'])
+def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_path, monkeypatch, more):
+    whole = distill(*flags(images, teacher, tmp_path / 'whole', *more))
+    genuine, count = main_distill.train_one_epoch.__globals__['seed_everything'], [0]
+
+    def seed(*key):
+        count[0] += 1
+        if count[0] == 2:
+            signals._note(15)
+        genuine(*key)
+    with monkeypatch.context() as patch:
+        patch.setitem(main_distill.train_one_epoch.__globals__, 'seed_everything', seed)
+        part = distill(*flags(images, teacher, tmp_path / 'parts', *more))
+    assert part.code == signals.EXIT_INTERRUPTED
+    rest = distill(*flags(images, teacher, tmp_path / 'parts', *more))
+    assert rest.code == 0 and 'resumed from' in rest.out and 'teacher: top1' not in rest.out
+    assert rest.out.count('mgd: stage') == (3 if 'mgd' in more else 0)  # of the second epoch alone
+    assert_same(rest.weights(), whole.weights())
+    for a, b in zip(rest.log(), whole.log(), strict=True):
+        assert a['valid'] == b['valid'] and a['news'].keys() == b['news'].keys()
+
+
+def test_the_teacher_is_part_of_the_run(distill, images, teacher, tmp_path):
+    run = flags(images, teacher, tmp_path / 'run', '--distiller', 'kd', '--skip-first-evaluation')
+    assert distill(*run).code == 0
+    torch.manual_seed(6)
+    torch.save(create_model('resnet18', 3).state_dict(), teacher.with_name('other.pth'))
+    replaced = teacher.read_bytes()
+    teacher.write_bytes(teacher.with_name('other.pth').read_bytes())
+    again = distill(*run)
+    teacher.write_bytes(replaced)
+    assert again.code == 1 and 'its teacher is resnet18' in again.err
+
+
+def test_distillation_moves_the_student_towards_the_teacher(distill, images, teacher, tmp_path):
+    """Only the teacher's signal, no labels: the two agree more and more."""
+    run = distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', '--ce-weight', 0, '--epochs', 4))
+    losses = [record['train']['losses']['kd'] for record in run.log()]
+    assert losses[-1] < losses[0] and all(record['train']['losses']['ce'] == 0 for record in run.log())
+
+
+def test_evaluation_scores_both(distill, images, teacher, tmp_path):
+    distill(*flags(images, teacher, tmp_path / 'run', '--distiller', 'kd'))
+    run = distill(*flags(images, teacher, tmp_path / 'e', '-e', '--student-resume', tmp_path / 'run' / 'last.pth'))
+    scores = run.json('evaluate.json')['scores']
+    assert scores['student']['n'] == scores['teacher']['n'] == 15 and 0 <= scores['agreement'] <= 100
+
+
+@pytest.mark.parametrize('more, complaint', [
+    (['--teacher-arch', 'vgg11'], 'vgg11 does not show its features'),
+    (['--teacher-resume', '/nowhere.pth'], '/nowhere.pth does not exist'),
+    (['-a', 'resnet50', '--teacher-arch', 'resnet18'], 'resnet50 under resnet18: the student has'),
+    (['--mgd-loss-factor', 0], 'loss_factor is 0'),
+])
+def test_what_cannot_work_is_said_in_one_line(distill, images, teacher, tmp_path, more, complaint):
+    run = distill(*flags(images, teacher, tmp_path / 'o', *more))
+    assert run.code == 1 and complaint in run.err and 'Traceback' not in run.err and not (tmp_path / 'o').exists()
+
+
+def test_two_ranks(images, teacher, tmp_path):
+    """Equal flow on both (DDP would not notice), its state in the checkpoint, and the second epoch solved anew."""
+    args = [*QUICK, *map(str, flags(images, teacher, tmp_path, '--distiller', 'mgd', 'kd'))]
+    process = start(*torchrun_command(2), ROOT / 'main_distill.py', *args)
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == 0 and out.count('mgd: stage') == 6, out

@@ -1,0 +1,262 @@
+"""What all methods share: Distillation, flags from signatures, probing; and KD."""
+import argparse
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same
+from torch import nn
+
+from distillers import DISTILLERS, Distillation, Distiller, add_flags, from_flags
+from distillers.base import evaluating, hyper_parameters, probe
+from distillers.kd import KD
+from distillers.mgd import MGD
+from models import Features, create_model
+from utils.data import Batch
+
+
+@pytest.fixture(scope='module')
+def networks():
+    """Student and teacher."""
+    torch.manual_seed(0)
+    return create_model('shufflenet_v2_x0_5', 10), create_model('mobilenet_v1', 10)
+
+
+def make_batch(seed=0, n=2):
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(torch.randn(n, 3, 64, 64, generator=generator), torch.randint(10, (n,), generator=generator),
+                 torch.arange(n), torch.full((n,), -1))
+
+
+def features(logits):
+    return Features(logits, None, None, [], [])
+
+
+class Recorder(Distiller):
+    """Notes what it is given.
+
+    depth: a number
+    mirror: a switch
+    scales: several numbers
+    """
+
+    def __init__(self, student, teacher, *, depth=3, mirror=False, scales: tuple[float, ...] = (1.0,)):
+        super().__init__()
+        self.hyper, self.calls = (depth, mirror, scales), []
+
+    def forward(self, s, t, batch):
+        self.calls.append((s, t, batch))
+        return {'first': s.pooled.sum(), 'second': t.pooled.sum()}
+
+    def start_epoch(self, epoch, pairs):
+        self.calls.append((epoch, list(pairs())))
+
+
+# KD
+
+def slow_kd(z_s, z_t, T):
+    total = 0.0
+    for row_s, row_t in zip(z_s.tolist(), z_t.tolist()):
+        p_s, p_t = ([math.exp(z / T) / sum(math.exp(other / T) for other in row) for z in row]
+                    for row in (row_s, row_t))
+        total += sum(q * math.log(q / p) for p, q in zip(p_s, p_t))
+    return T * T * total / len(z_s)
+
+
+@pytest.mark.parametrize('temperature, weight', [(4.0, 0.9), (1.5, 1.0), (1.0, 0.5)])
+def test_kd_is_the_formula(temperature, weight):
+    z_s, z_t = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    loss = KD(None, None, temperature=temperature, weight=weight)(features(z_s), features(z_t), None)
+    assert loss['kd'].item() == pytest.approx(weight * slow_kd(z_s, z_t, temperature), rel=1e-5)
+
+
+def test_kd_gradient_is_the_difference_of_the_predictions():
+    z_s, z_t = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    z_s.requires_grad_()
+    KD(None, None)(features(z_s), features(z_t), None)['kd'].backward()
+    expected = 0.9 * 4 * ((z_s / 4).softmax(1) - (z_t / 4).softmax(1)) / 5
+    torch.testing.assert_close(z_s.grad, expected.detach(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_kd_of_extreme_logits_is_finite(dtype):
+    z_s = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype, requires_grad=True)
+    z_t = torch.tensor([[-1e4, 1e4, 0.0]], dtype=dtype)
+    loss = KD(None, None)(features(z_s), features(z_t), None)['kd']
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and loss > 0
+    assert z_s.grad.isfinite().all() and z_s.grad.abs().max() > 0
+
+
+def test_kd_of_equal_logits_is_zero():
+    z = torch.randn(4, 10)
+    assert KD(None, None)(features(z), features(z.clone()), None)['kd'].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('values', [{'weight': 0.0}, {'temperature': 0.0}, {'temperature': -1.0}])
+def test_a_method_that_would_do_nothing_is_refused(values):
+    with pytest.raises(ValueError, match=f'{next(iter(values))} is .* above 0'):
+        KD(None, None, **values)
+
+
+# Distillation
+
+def test_teacher_is_a_guest(networks):
+    student, teacher = networks
+    task = Distillation(student, teacher.train(), {'kd': KD(student, teacher)})
+    task.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert {id(p) for p in task.parameters()} == {id(p) for p in student.parameters()}
+    assert task.state_dict().keys() == {f'student.{key}' for key in student.state_dict()}
+    assert task.teacher is teacher and teacher not in set(task.modules())
+
+
+def test_losses_merge_and_logits_are_those_of_the_student_alone(networks):
+    student, teacher = copy.deepcopy(networks[0]).train(), networks[1]
+    alone, batch = copy.deepcopy(student), make_batch()
+    recorder = Recorder(student, teacher)
+    task = Distillation(student, teacher, {'kd': KD(student, teacher), 'recorder': recorder}, label_smoothing=0.1)
+    logits, losses = task(batch)
+
+    expected = alone(batch.images)
+    assert torch.equal(logits, expected)
+    assert_same(student.state_dict(), alone.state_dict())
+    assert list(losses) == ['ce', 'kd', 'first', 'second']
+    assert losses['ce'].item() == F.cross_entropy(expected, batch.target, label_smoothing=0.1).item()
+    with torch.no_grad():
+        kd = KD(None, None)(features(expected), features(teacher(batch.images)), batch)
+    assert losses['kd'].item() == kd['kd'].item()
+
+    s, t, given = recorder.calls.pop()
+    assert given is batch and s.logits is logits and s.logits.requires_grad and not t.pooled.requires_grad
+
+
+def test_targets_may_be_shares_of_the_classes(networks):
+    batch = make_batch()
+    task = Distillation(*networks, {'kd': KD(*networks)}).eval()
+    shares = F.one_hot(batch.target, 10).float()
+    ce = [task(b)[1]['ce'].item() for b in (batch, batch._replace(target=shares))]
+    assert ce[0] == pytest.approx(ce[1], rel=1e-6)
+
+
+def test_training_reaches_everything_but_the_teacher(networks):
+    student, teacher = copy.deepcopy(networks)
+    task = Distillation(student, teacher, from_flags(DISTILLERS, ['kd', 'mgd'], parse([]), student, teacher))
+    batch = make_batch(n=4)
+    task.start_epoch(1, lambda: [batch])
+    before = copy.deepcopy(teacher.state_dict())
+    optimizer = torch.optim.SGD(task.parameters(), lr=1e-4)
+    task.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(task(batch)[1].values()).backward()
+        optimizer.step()
+    assert_same(teacher.state_dict(), before)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert [name for name, p in task.named_parameters() if not p.grad.any()] == []
+
+
+def test_student_may_be_wrapped(networks):
+    student, teacher = networks
+    task = Distillation(student, teacher, {'mgd': MGD(student, teacher)}).eval()
+    expected = task(make_batch())
+    task.student = nn.DataParallel(student)
+    logits, losses = task(make_batch())
+    assert torch.equal(logits, expected[0]) and losses['mgd'].item() == expected[1]['mgd'].item()
+
+
+@pytest.mark.parametrize('names, asked, expected', [
+    (['kd'], None, 0.1), (['mgd'], None, 1.0), (['mgd', 'kd'], None, 1.0), (['kd'], 0.5, 0.5), (['mgd', 'kd'], 0.0, 0),
+])
+def test_weight_of_the_cross_entropy(networks, names, asked, expected):
+    task = Distillation(*networks, from_flags(DISTILLERS, names, parse([]), *networks), ce_weight=asked).eval()
+    batch = make_batch()
+    logits, losses = task(batch)
+    assert task.ce_weight == expected
+    assert losses['ce'].item() == pytest.approx(expected * F.cross_entropy(logits, batch.target).item(), rel=1e-6)
+
+
+def test_pairs_are_of_eval_mode_and_without_gradient(networks):
+    student, teacher = copy.deepcopy(networks[0]).train(), networks[1]
+    student.conv1.eval()  # a frozen part stays as it is
+    modes, state = [m.training for m in student.modules()], copy.deepcopy(student.state_dict())
+    recorder = Recorder(student, teacher)
+    Distillation(student, teacher, {'recorder': recorder}).start_epoch(7, lambda: map(make_batch, range(2)))
+
+    (epoch, pairs), = recorder.calls
+    assert epoch == 7 and len(pairs) == 2 and torch.is_grad_enabled()
+    assert [m.training for m in student.modules()] == modes
+    assert_same(student.state_dict(), state)
+    with evaluating(student):
+        for seed, (s, t) in enumerate(pairs):
+            assert not s.logits.requires_grad and torch.equal(s.logits, student(make_batch(seed).images))
+            assert torch.equal(t.logits, teacher(make_batch(seed).images))
+
+
+def test_probe_leaves_no_trace(networks):
+    student = copy.deepcopy(networks[0]).train()
+    student.stage2.eval()
+    modes, state = [m.training for m in student.modules()], copy.deepcopy(student.state_dict())
+    random = torch.random.get_rng_state()
+    shown = probe(student)
+    assert [x.shape[1] for x in shown.preact] == student.feature_channels and not shown.logits.requires_grad
+    assert [m.training for m in student.modules()] == modes
+    assert_same(student.state_dict(), state)
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+# Flags
+
+def parse(words, table=DISTILLERS):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, table)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize('method', [*DISTILLERS.values(), Recorder])
+def test_every_hyper_parameter_has_a_default_and_a_line_of_documentation(method):
+    for name, (parameter, text) in hyper_parameters(method).items():  # a KeyError where the line is missing
+        assert parameter.default is not parameter.empty and text, name
+
+
+def test_flags_give_the_defaults_of_the_signature(networks):
+    for name, method in DISTILLERS.items():
+        built = from_flags(DISTILLERS, [name], parse([]), *networks)[name]
+        assert type(built) is method
+        for key, (parameter, _) in hyper_parameters(method).items():
+            assert getattr(parse([]), f'{name}_{key}') == parameter.default
+
+
+def test_flags_reach_the_method(networks):
+    args = parse(['--kd-temperature', '1.5', '--kd-weight', '1', '--mgd-reducer', 'sp', '--mgd-update-freq', '2'])
+    built = from_flags(DISTILLERS, ['mgd', 'kd'], args, *networks)
+    assert list(built) == ['mgd', 'kd']
+    assert (built['kd'].temperature, built['kd'].weight, built['mgd'].update_freq) == (1.5, 1.0, 2)
+
+
+@pytest.mark.parametrize('words, hyper', [
+    ([], (3, False, (1.0,))),
+    (['--x-mirror', '--x-depth', '5'], (5, True, (1.0,))),
+    (['--x-mirror', '1', '--x-scales', '1', '0.5'], (3, True, [1.0, 0.5])),
+    (['--x-mirror', '0'], (3, False, (1.0,))),
+])
+def test_kinds_of_flags(words, hyper):
+    table = {'x': Recorder}
+    assert from_flags(table, ['x'], parse(words, table), None, None)['x'].hyper == hyper
+
+
+@pytest.mark.parametrize('words', [['--mgd-reducer', 'max'], ['--kd-weight', 'a'], ['--mgd-update-freq', '1.5']])
+def test_wrong_flags_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_help_tells_of_each_method(capsys):
+    with pytest.raises(SystemExit):
+        parse(['--help'])
+    text = capsys.readouterr().out
+    assert '--distiller mgd' in text and '{amp,sp,rd,sm}' in text and 'T, of both softmaxes' in text
