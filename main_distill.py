@@ -13,7 +13,7 @@ from models import NETWORKS
 from utils import checkpoint, distributed, setup
 from utils.args import base_parser, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
-from utils.engine import evaluate, precision, train_one_epoch
+from utils.engine import evaluate, train_one_epoch
 from utils.optim import make_ema, make_optimizer, total_epochs
 from utils.randomness import seed_everything
 from utils.run import Run
@@ -95,8 +95,7 @@ def worker(args, device):
     while run.progress['epoch'] < total_epochs(args):
         def look(epoch=run.progress['epoch']):
             return map(prepare, train.sample(epoch, args.pair_images))
-        with precision(device, args):
-            run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))
+        run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
         train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
         shipped = distributed.replicated(run.shipped(), device, args)
         run.end_epoch(evaluate({'student': shipped}, valid, prepare, device, args))

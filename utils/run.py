@@ -188,9 +188,9 @@ class Run:
             self.writer.flush()
 
     def report(self, scores: dict | None):
-        """Print the scores of --evaluate, and leave them in --output if that was given."""
+        """Print the scores of --evaluate, or of the start of a run, and leave them in --output if that was given."""
         if scores is None:
-            sys.exit(signals.EXIT_INTERRUPTED)
+            sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
         for name, score in scores.items():
             distributed.say(f'{name}: {score:.2f} %' if name == 'agreement' else
                             f'{name}: top1 {score["top1"]:.3f} ({score["correct1"]}/{score["n"]}), top5 '
