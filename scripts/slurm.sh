@@ -12,7 +12,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=USR1@120
+#SBATCH --signal=TERM@120
 # The last line warns two minutes before the end. Without `B:` Slurm warns the step, that is torchrun, and spares this
 # shell, which would die of it; so torchrun must be what srun starts, with no shell around it to get the signal instead.
 
@@ -40,13 +40,12 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 [[ $first_node ]] || refuse 'scontrol names no node'
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not share a port
 
-# torchrun would die of USR1 instead of handing it on, and would kill its workers after 30 seconds, amid the saving.
+# torchrun hands TERM on (USR1 only if it is new enough), but would kill its workers 30 seconds later, amid the saving.
 # --kill-on-bad-exit=0: the first node to stop must not take away the one that still writes the checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
 srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-gpu}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first_node:$port" --rdzv-id "$SLURM_JOB_ID" \
-    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
     "$@"
 status=$?
 

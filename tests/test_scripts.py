@@ -74,6 +74,6 @@ def test_slurm_puts_an_interrupted_run_back_into_the_queue(tmp_path):
     slurm(tmp_path, *args, interrupted=True, torchrun_exit=1)
     assert (tmp_path / 'scontrol').read_text() == 'requeue 7\n'
     command = (tmp_path / 'srun').read_text()
-    assert '--nnodes 2' in command and '--signals-to-handle SIGTERM,SIGINT,SIGUSR1 main_base.py /data' in command
+    assert '--nnodes 2' in command and ' main_base.py /data' in command and '--rdzv-endpoint node1:' in command
     refused = slurm(tmp_path, 'main_base.py', '/data', interrupted=False, torchrun_exit=0)
     assert refused.returncode == 2 and '--output' in refused.stderr
