@@ -8,10 +8,12 @@ from difflib import get_close_matches
 import torchvision
 from torch import nn
 
+from . import cifar, imagenet
 from .features import Features
-from .imagenet import NETWORKS
 
 __all__ = ['NETWORKS', 'Features', 'create_model', 'model_names']
+
+NETWORKS = imagenet.NETWORKS | cifar.NETWORKS
 
 # networks of ours whose weights torchvision has under another name
 WEIGHTS_OF = {'shufflenet_v2': 'shufflenet_v2_x1_0', 'mobilenet_v2_mgd': 'mobilenet_v2'}

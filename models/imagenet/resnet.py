@@ -64,20 +64,21 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, int, int, int], num_classes: int):
+    """`channels` are the stem's and the widths of the stages. The stem for `small_images` keeps their size."""
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], num_classes: int,
+                 channels: tuple[int, ...] = (64, 64, 128, 256, 512), small_images: bool = False):
         super().__init__()
-
-        def stage(c_in: int, width: int, depth: int, stride: int) -> nn.Sequential:
-            rest = (block(width * block.expansion, width) for _ in range(depth - 1))
-            return nn.Sequential(block(c_in, width, stride), *rest)
-
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = stage(64, 64, depths[0], stride=1)
-        self.layer2 = stage(64 * block.expansion, 128, depths[1], stride=2)
-        self.layer3 = stage(128 * block.expansion, 256, depths[2], stride=2)
-        self.layer4 = stage(256 * block.expansion, 512, depths[3], stride=2)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        c_in, *widths = channels
+        self.conv1 = conv(3, c_in, 3) if small_images else conv(3, c_in, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.pool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        for i, (width, depth) in enumerate(zip(widths, depths), start=1):
+            c_out = width * block.expansion
+            rest = (block(c_out, width) for _ in range(depth - 1))
+            self.add_module(f'layer{i}', nn.Sequential(block(c_in, width, stride=1 if i == 1 else 2), *rest))
+            c_in = c_out
+        self.fc = nn.Linear(c_in, num_classes)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -85,7 +86,7 @@ class ResNet(nn.Module):
 
     @property
     def stages(self) -> list[nn.Sequential]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [module for module in self.children() if isinstance(module, nn.Sequential)]
 
     @property
     def classifier(self) -> nn.Linear:
@@ -100,8 +101,7 @@ class ResNet(nn.Module):
         return [norm.num_features for norm in self.feature_norms]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
 
         preacts, maps = [], []
         for stage in self.stages:

@@ -41,13 +41,18 @@ class Block(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    def __init__(self, channels: tuple[int, int, int], c_head: int, num_classes: int):
+    """`channels` are those of the stages. The stem for `small_images` keeps their size."""
+
+    def __init__(self, channels: tuple[int, int, int], c_head: int, num_classes: int, small_images: bool = False):
         super().__init__()
 
         def stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
             return nn.Sequential(Block(c_in, c_out, stride=2), *(Block(c_out, c_out, 1) for _ in range(depth - 1)))
 
-        self.conv1 = nn.Sequential(nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24))
+        kernel, stride = (1, 1) if small_images else (3, 2)
+        stem = nn.Conv2d(3, 24, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Sequential(stem, nn.BatchNorm2d(24))
+        self.pool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
         self.stage2 = stage(24, channels[0], depth=4)
         self.stage3 = stage(channels[0], channels[1], depth=8)
         self.stage4 = stage(channels[1], channels[2], depth=4)
@@ -72,8 +77,7 @@ class ShuffleNetV2(nn.Module):
         return [2 * stage[-1].branch2[-1].num_features for stage in self.stages]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
-        x = F.relu(self.conv1(x))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.pool(F.relu(self.conv1(x)))
 
         preacts, maps = [], []
         for stage in self.stages:

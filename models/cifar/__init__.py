@@ -1,0 +1,28 @@
+"""Networks for small images, as CIFAR's 32x32, by the names that tables of distillation on CIFAR-100 use.
+
+`cifar_` stands before a name where there is a network for ImageNet of the same name, or one of the same family.
+"""
+from functools import partial
+
+from .mobilenet_v2 import MobileNetV2
+from .resnet import cifar_resnet18, cifar_resnet34, cifar_resnet50, resnet
+from .shufflenet_v1 import ShuffleNetV1
+from .shufflenet_v2 import cifar_shufflenet_v2, cifar_shufflenet_v2_x1_5
+from .vgg import DEPTHS, VGG
+from .wrn import WideResNet
+
+NETWORKS = {
+    **{f'resnet{depth}': partial(resnet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f'resnet{depth}x4': partial(resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
+    'cifar_resnet18': cifar_resnet18,
+    'cifar_resnet34': cifar_resnet34,
+    'cifar_resnet50': cifar_resnet50,
+    **{f'wrn_{depth}_{widen}': partial(WideResNet, depth, widen) for depth in (16, 40) for widen in (1, 2, 4)},
+    'wrn_28_10': partial(WideResNet, 28, 10),
+    **{f'cifar_vgg{layers}': partial(VGG, depths) for layers, depths in DEPTHS.items()},
+    'cifar_mobilenet_v2': partial(MobileNetV2, 0.5),
+    'cifar_mobilenet_v2_x1_0': partial(MobileNetV2, 1.0),
+    'shufflenet_v1': ShuffleNetV1,
+    'cifar_shufflenet_v2': cifar_shufflenet_v2,
+    'cifar_shufflenet_v2_x1_5': cifar_shufflenet_v2_x1_5,
+}
