@@ -18,6 +18,8 @@ def main():
     args = check(parser, parser.parse_args())
     if args.teacher_resume and not args.evaluate:
         parser.error('--teacher-resume needs --evaluate here; main_distill.py trains with a teacher')
+    if args.optimizer == 'dot':
+        parser.error('--optimizer dot weighs distillation against labels: it is for main_distill.py')
     distributed.launch(worker, args)
 
 
@@ -33,9 +35,6 @@ def worker(args, device):
     # network and its weights
     seed_everything(run.seed, 'initial weights')
     student = setup.place(build(args.arch, outputs, args.pretrained), device, args)
-    if args.student_resume:
-        checkpoint.load_weights(student, args.student_resume)
-
     if args.evaluate:
         load_evaluated(student, run, args)
         networks = {'student': distributed.replicated(student, device, args)}
@@ -45,6 +44,8 @@ def worker(args, device):
             networks['teacher'] = distributed.replicated(teacher, device, args)
         run.report(evaluate(networks, valid, prepare, device, args))
         return
+    if args.student_resume:
+        checkpoint.load_weights(student, args.student_resume)
 
     # what trains it
     ema = make_ema(student, args)
@@ -72,11 +73,13 @@ def build(arch, classes, pretrained=False):
         sys.exit(f'error: {arch}: {error}')
 
 
-def load_evaluated(student, run, args):
-    """What --evaluate scores, where no --student-resume has named it."""
-    if run.saved and not args.student_resume:
-        checkpoint.fill(student, run.saved, run.origin)
-    elif not (args.student_resume or args.pretrained):
+def load_evaluated(network, run, args):
+    """What --evaluate scores: the weights named by --student-resume, else those of the run."""
+    if args.student_resume:
+        checkpoint.load_weights(network, args.student_resume)
+    elif run.saved:
+        checkpoint.fill(network, run.saved, run.origin)
+    elif not args.pretrained:
         distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
 
 

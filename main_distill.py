@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from distillers import DISTILLERS, Distillation, add_flags, from_flags
+from distillers import DISTILLERS, Distillation, adapts, add_flags, describe, drop_foreign, from_flags
 from main_base import build, load_evaluated
 from models import NETWORKS
 from utils import checkpoint, distributed, setup
@@ -27,18 +27,26 @@ def main():
                    help=f'methods, whose losses add up: {", ".join(DISTILLERS)}')
     g.add_argument('--ce-weight', type=nonnegative, metavar='W',
                    help="factor of the labels' cross entropy (default: the method's own if it runs alone, else 1)")
+    g.add_argument('--logit-standardize', **on, help='methods see the z-scores of each logit vector (LSKD)')
     g.add_argument('--pair-images', type=count, default=20000, metavar='N',
                    help='training images that a method may look at with both networks before an epoch')
     g.add_argument('--skip-first-evaluation', action='store_true', help='do not score both networks at the start')
+    g.add_argument('--list-distillers', action='store_true', help='print every method with its paper and flags')
     add_flags(parser, DISTILLERS)
     g = parser.add_argument_group("MGD's own spellings")
     g.add_argument('--use-pretrained', dest='pretrained', **on | {'default': argparse.SUPPRESS}, help='as --pretrained')
     g.add_argument('--loss-factor', dest='mgd_loss_factor', type=float, default=argparse.SUPPRESS, metavar='X',
                    help='as --mgd-loss-factor')
     g.add_argument('--mgd-with-kd', **on, help='as --distiller mgd kd --kd-temperature 1.5 --kd-weight 1')
-    args = check(parser, parser.parse_args())
+    args = parser.parse_args()
+    if args.list_distillers:
+        print(describe(DISTILLERS))
+        return
+    check(parser, args)
     if args.mgd_with_kd:
         args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
+    if idle := drop_foreign(DISTILLERS, args.distiller, args):
+        parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
     distributed.launch(worker, args)
 
 
@@ -56,7 +64,9 @@ def worker(args, device):
     for arch in (args.teacher_arch, args.arch):
         if arch not in NETWORKS:
             sys.exit(f'error: {arch} does not show its features; networks that do: {", ".join(NETWORKS)}')
-    teacher = setup.place(build(args.teacher_arch, outputs, not (args.teacher_resume or args.dummy)), device, args)
+    untrained = any(DISTILLERS[name].trains_teacher for name in args.distiller)
+    teacher = setup.place(build(args.teacher_arch, outputs, not (args.teacher_resume or args.dummy or untrained)),
+                          device, args)
     if args.teacher_resume:
         checkpoint.load_weights(teacher, args.teacher_resume)
     elif args.dummy:
@@ -66,30 +76,39 @@ def worker(args, device):
     # student and its weights
     seed_everything(run.seed, 'initial weights')
     student = setup.place(build(args.arch, outputs, args.pretrained), device, args)
-    if args.student_resume:
+    if args.student_resume and not args.evaluate:
         checkpoint.load_weights(student, args.student_resume)
 
-    both = {'student': distributed.replicated(student, device, args),
+    # distillers, which probe both at this size; an evaluation needs only those that the student predicts through
+    student.image_size = teacher.image_size = args.image_size
+    seed_everything(run.seed, 'distillers')
+    names = [name for name in args.distiller if adapts(DISTILLERS[name]) or not args.evaluate]
+    try:
+        distillers = from_flags(DISTILLERS, names, args, student, teacher)
+    except ValueError as error:  # a pair that a method cannot work with
+        sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
+    distillation = Distillation(student, distributed.replicated(teacher, device, args), distillers, args.ce_weight,
+                                args.label_smoothing, args.logit_standardize).to(device)
+    network = distillation.shipped()
+
+    both = {'student': distributed.replicated(network, device, args),
             'teacher': distributed.replicated(teacher, device, args)}
     if args.evaluate:
-        load_evaluated(student, run, args)
+        load_evaluated(network, run, args)
         run.report(evaluate(both, valid, prepare, device, args))
         return
 
-    # distillers, and what trains them and the student
-    ema = make_ema(student, args)
-    try:
-        distillers = from_flags(DISTILLERS, args.distiller, args, student, teacher)
-    except ValueError as error:  # a pair that a method cannot work with
-        sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
-    distillation = Distillation(student, both['teacher'], distillers, args.ce_weight, args.label_smoothing).to(device)
+    # what trains them
+    distillation.know(torch.tensor(train.images.source.targets, device=device))
+    ema = make_ema(network, args)
     task = distributed.wrap(distillation, device, args)
     optimizer = make_optimizer(task, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
-    run.restore(model=student, distillers=distillation.distillers, optimizer=optimizer, scaler=scaler, ema=ema)
-    run.begin(student, train, valid)
+    run.restore(model=network, distillers=distillation.distillers, optimizer=optimizer, scaler=scaler, ema=ema,
+                teacher=teacher if distillation.trains_teacher else None)
+    run.begin(network, train, valid)
     if not (args.skip_first_evaluation or run.progress['epoch'] or run.progress['sample']):
-        run.report(evaluate(both, valid, prepare, device, args))
+        run.report(evaluate(both, valid, prepare, device, args), 'start.json')
 
     # epochs
     while run.progress['epoch'] < total_epochs(args):
@@ -97,8 +116,9 @@ def worker(args, device):
             return map(prepare, train.sample(epoch, args.pair_images))
         run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
         train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
-        shipped = distributed.replicated(run.shipped(), device, args)
-        run.end_epoch(evaluate({'student': shipped}, valid, prepare, device, args))
+        networks = both if distillation.trains_teacher else {}
+        run.end_epoch(evaluate(networks | {'student': distributed.replicated(run.shipped(), device, args)}, valid,
+                               prepare, device, args))
     run.finish()
 
 

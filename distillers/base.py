@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Features
 from utils.args import switch
@@ -21,11 +22,16 @@ class Distiller(nn.Module):
     """
 
     default_ce_weight = 1.0  # of the cross entropy beside it, where it runs alone
+    trains_teacher = False  # whether the second network learns, too
+    batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
     def forward(self, s: Features, t: Features, batch) -> dict[str, torch.Tensor]:
         """The weighted losses by name, means over the batch."""
         raise NotImplementedError
+
+    def know(self, targets: torch.Tensor):
+        """Called once, before any state is restored, with the class of every training sample."""
 
     def start_epoch(self, epoch: int, pairs):
         """Called before each epoch, counted from 1, and again where a run resumes within one.
@@ -34,32 +40,65 @@ class Distiller(nn.Module):
         rank sees its share of them.
         """
 
+    def adapt(self, s: Features) -> Features:
+        """What the student shows through the method: one that overrides this is shipped with the student.
+
+        It alone sees these features in forward; to the others the student shows its own, with the logits of these.
+        """
+        return s
+
 
 class Distillation(nn.Module):
     """Batch -> logits of the student, {'ce': cross entropy, and the losses of the distillers}.
 
+    A teacher that learns has a 'ce_teacher'.
+
     ce_weight: factor of the cross entropy; None: the distiller's default if it runs alone, else 1
+    standardize: whether the distillers see z-scores for logits (Logit Standardization, Sun et al., CVPR 2024)
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, distillers: dict[str, Distiller],
-                 ce_weight: float | None = None, label_smoothing: float = 0.0):
+                 ce_weight: float | None = None, label_smoothing: float = 0.0, standardize: bool = False):
         super().__init__()
         self.student, self.distillers = student, nn.ModuleDict(distillers)
-        # Not a submodule: no optimizer, checkpoint, DDP or train() ever meets it; whoever built it moves it.
-        object.__setattr__(self, 'teacher', teacher.eval().requires_grad_(False))
+        methods = distillers.values()
+        self.trains_teacher = any(distiller.trains_teacher for distiller in methods)
+        self.batch_statistics = any(distiller.batch_statistics for distiller in methods)
+        if self.trains_teacher:
+            self.teacher = teacher.requires_grad_()
+        else:  # not a submodule: no optimizer, checkpoint, DDP or train() ever meets it; whoever built it moves it
+            object.__setattr__(self, 'teacher', teacher.eval().requires_grad_(False))
         if ce_weight is None:
-            ce_weight = next(iter(distillers.values())).default_ce_weight if len(distillers) == 1 else 1.0
-        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
+            ce_weight = next(iter(methods)).default_ce_weight if len(distillers) == 1 else 1.0
+        self.ce_weight, self.label_smoothing, self.standardize = ce_weight, label_smoothing, standardize
 
     def forward(self, batch):
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.trains_teacher), by_the_batch(self.teacher, self.batch_statistics):
             t = self.teacher(batch.images, features=True)
-        s = self.student(batch.images, features=True)
-        ce = F.cross_entropy(s.logits.float(), batch.target, label_smoothing=self.label_smoothing)
-        losses = {'ce': self.ce_weight * ce}
+        own = self.student(batch.images, features=True)
+        s = adapt(self.distillers.values(), own)
+        logits = s.logits
+        losses = {'ce': self.cross_entropy(logits, batch)}
+        if self.trains_teacher:
+            losses['ce_teacher'] = self.cross_entropy(t.logits, batch)
+        if self.standardize:
+            s, t = (x._replace(logits=z_scores(x.logits)) for x in (s, t))
+        own, frozen = own._replace(logits=s.logits), detached(t) if self.trains_teacher else t
         for distiller in self.distillers.values():
-            losses |= distiller(s, t, batch)
-        return s.logits, losses
+            losses |= distiller(s if adapts(type(distiller)) else own, t if distiller.trains_teacher else frozen, batch)
+        return logits, losses
+
+    def cross_entropy(self, logits, batch) -> torch.Tensor:
+        return self.ce_weight * F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)
+
+    def shipped(self) -> nn.Module:
+        """What is evaluated and given away: the student, with the methods that it predicts through."""
+        through = {name: distiller for name, distiller in self.distillers.items() if adapts(type(distiller))}
+        return Adapted(self.student, through) if through else self.student
+
+    def know(self, targets: torch.Tensor):
+        for distiller in self.distillers.values():
+            distiller.know(targets)
 
     def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]]:
         """Let the distillers prepare for an epoch, counted from 1; batches() iterates over what forward gets."""
@@ -69,9 +108,54 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def pairs(self, batches):
-        with evaluating(self.student):
+        with evaluating(self.student), evaluating(self.teacher):
             for batch in batches:
                 yield self.student(batch.images, features=True), self.teacher(batch.images, features=True)
+
+
+class Adapted(nn.Module):
+    """The student with what its distillers make of it."""
+
+    def __init__(self, student: nn.Module, distillers: dict[str, Distiller]):
+        super().__init__()
+        self.student, self.distillers = student, nn.ModuleDict(distillers)
+
+    def forward(self, x, features: bool = False):
+        s = adapt(self.distillers.values(), self.student(x, features=True))
+        return s if features else s.logits
+
+
+def adapts(method: type[Distiller]) -> bool:
+    return method.adapt is not Distiller.adapt
+
+
+def adapt(distillers, s: Features) -> Features:
+    for distiller in distillers:
+        s = distiller.adapt(s)
+    return s
+
+
+def z_scores(logits: torch.Tensor) -> torch.Tensor:
+    """Of each sample over its classes."""
+    logits = logits.float()
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def detached(t: Features) -> Features:
+    return Features(*([x.detach() for x in field] if isinstance(field, list) else field.detach() for field in t))
+
+
+@contextmanager
+def by_the_batch(network: nn.Module, enabled: bool):
+    """BatchNorms normalise by the batch for a while, and learn nothing from it."""
+    norms = [m for m in network.modules() if enabled and isinstance(m, _BatchNorm) and not m.training]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
 
 
 @contextmanager
@@ -87,8 +171,12 @@ def evaluating(network: nn.Module):
 
 
 @torch.no_grad()
-def probe(network: nn.Module, size: int = 64) -> Features:
-    """What `network` shows of one image, to read shapes from; leaves no trace in it, nor in the random state."""
+def probe(network: nn.Module) -> Features:
+    """What `network` shows of one image, to read shapes from; leaves no trace in it, nor in the random state.
+
+    The image has the size that the network is used with, if whoever built it has noted that as its `image_size`.
+    """
+    size = getattr(network, 'image_size', 64)
     with evaluating(network):
         return network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device), features=True)
 
@@ -121,16 +209,41 @@ def options(parameter: inspect.Parameter) -> dict:
     return {'type': type(parameter.default), 'metavar': 'N' if isinstance(parameter.default, int) else 'X'}
 
 
+def flag(name: str, key: str) -> str:
+    return f'--{name}-{key}'.replace('_', '-')
+
+
 def add_flags(parser, table: dict[str, type[Distiller]]):
     """--NAME-HYPER-PARAMETER for each of each method in the table."""
     for name, method in table.items():
         group = parser.add_argument_group(f'--distiller {name}', inspect.getdoc(method).partition('\n')[0])
         for key, (parameter, text) in hyper_parameters(method).items():
-            group.add_argument(f'--{name}-{key}'.replace('_', '-'), default=parameter.default, help=text,
-                               **options(parameter))
+            group.add_argument(flag(name, key), default=parameter.default, help=text, **options(parameter))
 
 
 def from_flags(table: dict[str, type[Distiller]], names: list[str], args, student, teacher) -> dict[str, Distiller]:
     """The named methods, built with the values of their flags."""
     return {name: table[name](student, teacher, **{key: getattr(args, f'{name}_{key}')
                                                    for key in hyper_parameters(table[name])}) for name in names}
+
+
+def describe(table: dict[str, type[Distiller]]) -> str:
+    """Each method's paper, first sentence, and flags with their defaults."""
+    lines = []
+    for name, method in table.items():
+        paper, first = (inspect.getdoc(x).partition('\n')[0] for x in (inspect.getmodule(method), method))
+        lines += [f'{name}: {paper}', f'    {first}']
+        for key, (parameter, text) in hyper_parameters(method).items():
+            default = '' if parameter.default == () else f' {parameter.default}'
+            lines.append(f'    {flag(name, key)}{default}   {text}')
+    return '\n'.join(lines)
+
+
+def drop_foreign(table: dict[str, type[Distiller]], names: list[str], args) -> list[str]:
+    """Take the flags of methods that were not named out of args; returns those that were given all the same."""
+    given = []
+    for name in table.keys() - set(names):
+        for key, (parameter, _) in hyper_parameters(table[name]).items():
+            if vars(args).pop(f'{name}_{key}') != parameter.default:
+                given.append(flag(name, key))
+    return sorted(given)

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 from torch import Tensor, nn
 
@@ -115,7 +116,7 @@ class Stage(nn.Module):
     def forward(self, f_s: Tensor, f_t: Tensor, reduce) -> Tensor:
         """[N, sc, H, W], [N, tc, H, W] -> the summed loss."""
         s = self.norm(f_s.float())
-        groups = (f_t.index_select(1, members) for members in self.flow)  # g times [N, sc, H, W], one at a time
+        groups = (select(f_t, members) for members in self.flow)  # g times [N, sc, H, W], one at a time
         t, m = reduce(groups, self.margins[self.flow])
         return partial_l2(s, torch.maximum(t.float(), m.view(-1, 1, 1)))
 
@@ -174,12 +175,28 @@ def cosines(f_s: Tensor, f_t: Tensor) -> Tensor:
 def match(cost: Tensor, g: int) -> Tensor:
     """The cheapest flow: g teacher channels for every student channel, none twice. [sc, tc] -> [g, sc]
 
-    A flow from every student channel, g units strong, through teacher channels that let one unit pass, to a sink.
+    Where one or two for each use all teacher channels up, an assignment finds them in less time than a flow does.
     """
     sc, tc = cost.shape
     above = (cost - cost.min()).double().numpy()
     units = np.rint(above * (RESOLUTION / max(above.max(), 1e-12))).astype(np.int64)
+    chosen = (assignment if g <= 2 and g * sc == tc else min_cost_flow)(units, g)
+    return torch.from_numpy(np.sort(chosen, axis=0))
 
+
+def assignment(units: np.ndarray, g: int) -> np.ndarray:
+    """g copies of every student channel and the teacher channels, one to one."""
+    sc, tc = units.shape
+    teachers = np.arange(tc, dtype=np.int32)
+    solver = SimpleLinearSumAssignment()
+    solver.add_arcs_with_cost(teachers.repeat(tc), np.tile(teachers, tc), np.tile(units, (g, 1)).ravel())
+    solved(solver, sc, tc)
+    return np.array([solver.right_mate(copy) for copy in range(tc)]).reshape(g, sc)
+
+
+def min_cost_flow(units: np.ndarray, g: int) -> np.ndarray:
+    """From every student channel, g units strong, through teacher channels that let one unit pass, to a sink."""
+    sc, tc = units.shape
     students, teachers = np.arange(sc, dtype=np.int32), np.arange(sc, sc + tc, dtype=np.int32)
     sink = np.full(tc, sc + tc, dtype=np.int32)
     solver = SimpleMinCostFlow()
@@ -187,11 +204,14 @@ def match(cost: Tensor, g: int) -> Tensor:
         students.repeat(tc), np.tile(teachers, sc), np.ones(sc * tc, np.int64), units.ravel())
     solver.add_arcs_with_capacity_and_unit_cost(teachers, sink, np.ones(tc, np.int64), np.zeros(tc, np.int64))
     solver.set_nodes_supplies(np.append(students, sink[:1]), np.append(np.full(sc, g), -g * sc))
+    solved(solver, sc, tc)
+    return solver.flows(arcs).reshape(sc, tc).nonzero()[1].reshape(sc, g).T
+
+
+def solved(solver, sc: int, tc: int):
     status = solver.solve()
     if status != solver.OPTIMAL:
         raise RuntimeError(f'the solver found no matching of {sc} to {tc} channels: {status.name}')
-    chosen = solver.flows(arcs).reshape(sc, tc).nonzero()[1]
-    return torch.from_numpy(chosen.reshape(sc, g).T.copy())
 
 
 # Reducers: g maps [N, sc, H, W], one after the other, and their margins [g, sc] -> one map and its margins [sc]
@@ -228,10 +248,20 @@ REDUCERS = {'amp': absolute_max_pooling, 'sp': simple_pooling, 'rd': random_drop
 
 # Loss and margins
 
+def select(f: Tensor, channels: Tensor) -> Tensor:
+    """f[:, channels] in the layout of f; index_select is slow across channels_last, and its result is contiguous."""
+    if f.is_contiguous():
+        return f.index_select(1, channels)
+    f = f.permute(0, 2, 3, 1)
+    return f.flatten(0, 2).index_select(1, channels).view(*f.shape[:3], -1).permute(0, 3, 1, 2)
+
+
 def partial_l2(s: Tensor, t: Tensor) -> Tensor:
     """sum (s - t)^2 [s > t or t > 0]: where the teacher is silent, the student need not imitate but be silent too."""
     with torch.no_grad():
         t = torch.where((s > t) | (t > 0), t, s)
+    if not s.is_contiguous():  # the gradient of mse_loss is, and should come in the layout of s: so channels go last
+        s, t = s.movedim(1, -1), t.movedim(1, -1)
     return F.mse_loss(s, t, reduction='sum')
 
 

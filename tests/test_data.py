@@ -83,7 +83,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(images):
 def test_workers_change_nothing(images, workers):
     args = arguments('--image-size', '32', '-j', str(workers))
     train = data.TrainData(Images(Folder(images / 'train'), CropView(args, 5)), TrainOrder(39, 8, 1, 5, 0, 1), args)
-    got = [batch for _, batches in train.updates(1, 8) for _, batch in batches]
+    got = [batch for _, batches in train.updates(1, 8) for batch in batches]
     order = TrainOrder(39, 8, 1, 5, 0, 1)
     for batch, indices in zip(got, epoch_of(order, 1, 8), strict=True):
         assert batch.index.tolist() == indices

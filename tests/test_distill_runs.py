@@ -1,8 +1,9 @@
 """main_distill.py from beginning to end."""
+import json
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, assert_same, start, torchrun_command
+from conftest import QUICK, ROOT, assert_same, script, start, torchrun_command
 
 import main_distill
 from models import create_model
@@ -84,7 +85,9 @@ def test_distillation_moves_the_student_towards_the_teacher(distill, images, tea
 def test_evaluation_scores_both(distill, images, teacher, tmp_path):
     distill(*flags(images, teacher, tmp_path / 'run', '--distiller', 'kd'))
     run = distill(*flags(images, teacher, tmp_path / 'e', '-e', '--student-resume', tmp_path / 'run' / 'last.pth'))
+    assert run.code == 0, run.err
     scores = run.json('evaluate.json')['scores']
+    assert (tmp_path / 'run' / 'start.json').exists() and not (tmp_path / 'run' / 'evaluate.json').exists()
     assert scores['student']['n'] == scores['teacher']['n'] == 15 and 0 <= scores['agreement'] <= 100
 
 
@@ -99,9 +102,33 @@ def test_what_cannot_work_is_said_in_one_line(distill, images, teacher, tmp_path
     assert run.code == 1 and complaint in run.err and 'Traceback' not in run.err and not (tmp_path / 'o').exists()
 
 
-def test_two_ranks(images, teacher, tmp_path):
-    """Equal flow on both (DDP would not notice), its state in the checkpoint, and the second epoch solved anew."""
-    args = [*QUICK, *map(str, flags(images, teacher, tmp_path, '--distiller', 'mgd', 'kd'))]
-    process = start(*torchrun_command(2), ROOT / 'main_distill.py', *args)
+def test_flags_of_another_method_are_no_accident(distill, images, teacher, tmp_path):
+    run = distill(*flags(images, teacher, tmp_path / 'o', '--distiller', 'mgd', '--kd-weight', 2))
+    assert run.code == 2 and '--kd-weight: of a method that --distiller (mgd) does not name' in run.err
+
+
+def test_methods_are_listed(distill):
+    run = distill('--list-distillers', quick=False)
+    assert run.code == 0 and '--kd-temperature 4.0   T, of both softmaxes' in run.out and 'ECCV 2020' in run.out
+
+
+def test_two_ranks_are_one_process(images, tmp_path):
+    """Flow, losses and weights, of methods on features, logits and relations, and of DOT, with unequal shares."""
+    program = ROOT / 'tests' / 'programs' / 'ranks.py'
+    args = [images, '--teacher-arch', 'resnet18', '--distiller', 'mgd', 'kd', 'sp', 'dist', 'reviewkd', '--optimizer',
+            'dot', '--epochs', 2, '--pair-images', 11, '--lr', 1e-4]
+    one = script(*args, '--output', tmp_path / 'one', program=program)
+    process = start(*torchrun_command(2), program, *QUICK, *map(str, [*args, '--output', tmp_path / 'two']))
     out, _ = process.communicate(timeout=150)
-    assert process.returncode == 0 and out.count('mgd: stage') == 6, out
+    assert one.code == process.returncode == 0, one.out + out
+
+    saved = [torch.load(tmp_path / name / 'checkpoint.pth', weights_only=True) for name in ('one', 'two')]
+    for part in ('model', 'distillers'):
+        for key, value in saved[0][part].items():
+            torch.testing.assert_close(saved[1][part][key], value, rtol=1e-3, atol=1e-4, msg=key)
+    logs = [[json.loads(line) for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()]
+            for name in ('one', 'two')]
+    for a, b in zip(*logs, strict=True):
+        assert b['train']['losses'] == pytest.approx(a['train']['losses'], rel=1e-4)
+        assert b['valid']['correct1'] == a['valid']['correct1']
+        assert [row['cost'] for row in b['news']['mgd']] == pytest.approx([row['cost'] for row in a['news']['mgd']])

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from conftest import assert_same
 from torch import nn
 
-from distillers import DISTILLERS, Distillation, Distiller, add_flags, from_flags
+from distillers import DISTILLERS, Distillation, Distiller, add_flags, drop_foreign, from_flags
 from distillers.base import evaluating, hyper_parameters, probe
 from distillers.kd import KD
 from distillers.mgd import MGD
@@ -208,6 +209,61 @@ def test_probe_leaves_no_trace(networks):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
+class Peer(Distiller):
+    """Trains both networks on a sum of logits."""
+
+    trains_teacher = True
+
+    def forward(self, s, t, batch):
+        return {'peer': (s.logits - t.logits).square().mean()}
+
+
+def test_a_teacher_may_be_trained_by_the_method_that_says_so_and_by_no_other(networks):
+    student, teacher = copy.deepcopy(networks)
+    recorder = Recorder(student, teacher)
+    task = Distillation(student, teacher, {'peer': Peer(), 'recorder': recorder}).train()
+    losses = task(make_batch(n=4))[1]
+    assert teacher.training and {id(p) for p in teacher.parameters()} <= {id(p) for p in task.parameters()}
+    assert not any(x.requires_grad for x in (recorder.calls[0][1].logits, *recorder.calls[0][1].maps))
+    losses['peer'].backward()
+    assert all(p.grad.isfinite().all() for p in teacher.parameters())
+    before = copy.deepcopy(teacher.state_dict())
+    task.start_epoch(1, lambda: [make_batch()])  # looking at it leaves its statistics alone
+    assert_same(teacher.state_dict(), before)
+
+
+def test_the_teachers_norms_may_go_by_the_batch_and_learn_nothing(networks):
+    student, teacher = copy.deepcopy(networks)
+    recorder, batch = Recorder(student, teacher), make_batch(n=4)
+    recorder.batch_statistics = True
+    task, before = Distillation(student, teacher, {'recorder': recorder}), copy.deepcopy(teacher.state_dict())
+    task(batch)
+    assert_same(teacher.state_dict(), before)
+    assert not any(m.training for m in teacher.modules())
+    seen, plain = recorder.calls[0][1].logits, teacher(batch.images)
+    assert torch.equal(seen, teacher.train()(batch.images)) and not torch.allclose(seen, plain)
+
+
+class Doubled(Distiller):
+    """The student predicts through it."""
+
+    def adapt(self, s):
+        return s._replace(logits=2 * s.logits)
+
+    def forward(self, s, t, batch):
+        return {'doubled': s.logits.sum()}
+
+
+def test_a_method_may_stand_between_student_and_prediction(networks):
+    student, teacher = networks
+    task, batch = Distillation(student, teacher, {'doubled': Doubled()}).eval(), make_batch()
+    logits, losses = task(batch)
+    assert torch.equal(logits, 2 * student(batch.images)) and losses['doubled'].item() == logits.sum().item()
+    assert losses['ce'].item() == F.cross_entropy(logits, batch.target).item()
+    assert torch.equal(task.shipped()(batch.images), logits)
+    assert Distillation(student, teacher, {'kd': KD(student, teacher)}).shipped() is student
+
+
 # Flags
 
 def parse(words, table=DISTILLERS):
@@ -222,9 +278,9 @@ def test_every_hyper_parameter_has_a_default_and_a_line_of_documentation(method)
         assert parameter.default is not parameter.empty and text, name
 
 
-def test_flags_give_the_defaults_of_the_signature(networks):
+def test_flags_give_the_defaults_of_the_signature():
     for name, method in DISTILLERS.items():
-        built = from_flags(DISTILLERS, [name], parse([]), *networks)[name]
+        built = from_flags(DISTILLERS, [name], parse([]), *zoo.make('same'))[name]
         assert type(built) is method
         for key, (parameter, _) in hyper_parameters(method).items():
             assert getattr(parse([]), f'{name}_{key}') == parameter.default
@@ -253,6 +309,14 @@ def test_wrong_flags_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(words)
     assert words[0] in capsys.readouterr().err
+
+
+def test_flags_of_methods_that_are_not_asked_for_are_found():
+    words = ['--kd-weight', '2', '--mgd-update-freq', '3', '--mgd-loss-factor', '1e4']
+    args = parse(words)
+    assert drop_foreign(DISTILLERS, ['kd'], args) == ['--mgd-update-freq']  # a default changes nothing
+    assert vars(args) == {'kd_temperature': 4.0, 'kd_weight': 2.0}
+    assert drop_foreign(DISTILLERS, ['kd', 'mgd'], parse(words)) == []
 
 
 def test_help_tells_of_each_method(capsys):

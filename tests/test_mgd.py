@@ -447,3 +447,19 @@ def test_ranks_find_the_flow_of_one_process(tmp_path):
         assert torch.equal(first[f'stages.{stage}.flow'], alone.stages[stage].flow)
         torch.testing.assert_close(first[f'stages.{stage}.margins'], alone.stages[stage].margins)
         assert cost == pytest.approx(row['cost'], rel=1e-6)
+
+
+def test_channels_last_changes_the_layout_of_the_gradient_and_nothing_else():
+    student, teacher = trained(2, 6).train(), trained(5, 12, seed=1)
+    method = MGD(student, teacher)
+    s, t = student(images()), teacher(images())
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        f_s, f_t = ([x.detach().contiguous(memory_format=layout) for x in f.preact] for f in (s, t))
+        for x in f_s:
+            x.requires_grad_()
+        method(s._replace(preact=f_s), t._replace(preact=f_t), None)['mgd'].backward()
+        assert all(x.grad.is_contiguous(memory_format=layout) for x in f_s)
+        gradients.append([x.grad for x in f_s])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)

@@ -96,10 +96,13 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--start-epoch', type=natural, default=0, metavar='N', help='manual epoch number')
     g.add_argument('-b', '--batch-size', type=count, default=256, metavar='N', help='of all devices of one node')
     g.add_argument('--accum-steps', type=count, default=1, metavar='N', help='batches per update')
-    g.add_argument('--optimizer', choices=('sgd', 'adamw'), default='sgd', help='in its fused form')
+    g.add_argument('--optimizer', choices=('sgd', 'adamw', 'dot'), default='sgd',
+                   help='dot: SGD with a longer memory for the distillation than for the labels (main_distill.py)')
     g.add_argument('--lr', '--learning-rate', type=nonnegative, default=0.1, metavar='LR',
                    help='for the whole global batch; never rescaled')
-    g.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='of SGD')
+    g.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='of SGD and DOT')
+    g.add_argument('--dot-delta', type=fraction, default=0.075, metavar='D',
+                   help='of DOT: momentum less D for the labels, and as much more for the distillation')
     g.add_argument('--nesterov', **on, help='of SGD')
     g.add_argument('--wd', '--weight-decay', dest='weight_decay', type=nonnegative, default=1e-4, metavar='W',
                    help='on every parameter, as published recipes have it')
@@ -159,6 +162,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--dummy takes no DIR')
     if args.nesterov and (args.optimizer != 'sgd' or not args.momentum):
         parser.error('--nesterov needs --optimizer sgd and a --momentum')
+    if args.optimizer == 'dot' and (args.amp == 'fp16' or args.clip_grad):
+        parser.error('--optimizer dot keeps two gradients apart, which --amp fp16 and --clip-grad do not: leave them')
     if args.overwrite and args.resume != 'auto':
         parser.error('--overwrite starts anew, --resume PATH goes on: choose one')
     if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:

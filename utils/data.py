@@ -35,9 +35,11 @@ class Batch(NamedTuple):
     target: torch.Tensor   # [N] class numbers, or [N, K] shares of the classes where images were mixed
     index: torch.Tensor    # [N] numbers of the samples in their data set
     bad: torch.Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
+    weight: float = 1.0    # of the mean over this batch in the update; 0 where it only keeps other ranks company
 
 
-# Sources: len, classes, load(index) -> (PIL image, class number), name(index) for messages.
+# Sources: len, classes, targets (class number of every sample), load(index) -> (PIL image, class number),
+# name(index) for messages.
 
 class Folder:
     """root/class/image, as torchvision's ImageFolder: classes in sorted order."""
@@ -54,6 +56,7 @@ class Folder:
                                  if file.lower().endswith(IMG_EXTENSIONS)]
             if len(self.samples) == before:
                 sys.exit(f'error: {root / name} has no images ({" ".join(IMG_EXTENSIONS)})')
+        self.targets = [target for _, target in self.samples]
 
     def __len__(self):
         return len(self.samples)
@@ -93,15 +96,16 @@ class Dummy:
     """Noise with labels, each a function of the index."""
 
     def __init__(self, length: int, classes: int, size: int):
-        self.length, self.size, self.classes = length, size, [str(c) for c in range(classes)]
+        self.size, self.classes = size, [str(c) for c in range(classes)]
+        self.targets = [index % classes for index in range(length)]
         self.name = 'dummy image {}'.format
 
     def __len__(self):
-        return self.length
+        return len(self.targets)
 
     def load(self, index):
         noise = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
-        return Image.fromarray(noise), index % len(self.classes)
+        return Image.fromarray(noise), self.targets[index]
 
 
 # Views: (PIL image, epoch, index) -> uint8 tensor [3, size, size].
@@ -222,7 +226,7 @@ class Prepare:
         images = images.to(memory_format=self.format).float().div_(255).sub_(self.mean).div_(self.std)
         if self.mix:
             images, target = self.mix(images, target)
-        return Batch(images, target, index, batch.bad)
+        return batch._replace(images=images, target=target, index=index)
 
 
 class TrainData:
@@ -232,11 +236,11 @@ class TrainData:
         self.reported = set()
 
     def updates(self, epoch: int, start: int):
-        """For every update from a sample on: the sample it ends before, and its batches with their weights."""
+        """For every update from a sample on: the sample it ends before, and its batches."""
         self.order.at(epoch, start)
         batches = iter(self.loader)
         for end, micro in self.order.plan():
-            yield end, [(weight, next(batches)) for weight in self.order.weights(micro)]
+            yield end, [next(batches)._replace(weight=weight) for weight in self.order.weights(micro)]
 
     def sample(self, epoch: int, count: int):
         """Batches of training images as an evaluation sees images, others in every epoch, split over the ranks."""
@@ -246,7 +250,7 @@ class TrainData:
 
     def report_bad(self, batches) -> int:
         """How many images of an update were replaced; each is named once."""
-        bad = [number for weight, batch in batches if weight for number in batch.bad.tolist() if number >= 0]
+        bad = [number for batch in batches if batch.weight for number in batch.bad.tolist() if number >= 0]
         for number in set(bad) - self.reported:
             print(self.images.complaint(number), file=sys.stderr, flush=True)
         self.reported.update(bad)

@@ -151,6 +151,35 @@ def agree(*numbers: int) -> list[int]:
     return total(torch.tensor(numbers, dtype=torch.int64)).tolist()
 
 
+def gather_rows(rows: torch.Tensor, counts: bool = True) -> torch.Tensor:
+    """[n, ...] of every rank -> [N, ...] in the order of the global batch, of which ranks hold every world-th sample.
+
+    For a loss over the relations of all samples, computed alike on every rank: the gradients of all ranks are summed,
+    as each rank's loss is weighted with its share of the batch. counts: whether this rank's samples belong to it.
+    """
+    return _GatherRows.apply(rows, counts) if world() > 1 else rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, counts):
+        mine = len(rows) if counts else 0
+        sizes = agree(*(mine if r == rank() else 0 for r in range(world())))  # falling by at most one
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[:mine] = rows[:mine]
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        ctx.shape, ctx.mine = rows.shape, mine
+        return torch.stack(parts, 1).flatten(0, 1)[:sum(sizes)]
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = total(grad.clone(memory_format=torch.contiguous_format))  # others may hold the one that came in
+        rows = grad.new_zeros(ctx.shape)
+        rows[:ctx.mine] = grad[rank()::world()][:ctx.mine]
+        return rows, None
+
+
 def gather(value) -> list:
     """One picklable value of every rank, in rank order."""
     values = [value] * world()
@@ -201,7 +230,7 @@ def wrap(task, device, args):
         task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
     if dist.is_initialized():
         return DistributedDataParallel(task, device_ids=[device.index] if device.type == 'cuda' else None,
-                                       gradient_as_bucket_view=True)
+                                       gradient_as_bucket_view=True, broadcast_buffers=False)
     task.student = replicated(task.student, device, args)
     return task
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import distributed, signals
+from .dot import DOT
 from .guard import Guard
 from .meters import Display, Meter, hits
 from .optim import learning_rate, set_learning_rate, total_epochs
@@ -47,13 +48,17 @@ def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, ar
         rate = learning_rate(epoch + progress['sample'] / order.length, args)
         set_learning_rate(optimizer, rate)
         seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())
-        for number, (weight, batch) in enumerate(batches, 1):
-            with distributed.accumulating(task, last=number == len(batches)), precision(device, args):
+        for number, batch in enumerate(batches, 1):
+            with distributed.accumulating(task, last=number == len(batches)):
                 ready = prepare(batch)
-                logits, losses = task(ready)
-                loss = guard.loss(weight * sum(losses.values()))
+                with precision(device, args):
+                    logits, losses = task(ready)
+                loss = guard.loss(batch.weight * sum(losses.values()))
+                if isinstance(optimizer, DOT):
+                    optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if k.startswith('ce') == labels)
+                                      for labels in (True, False)))
                 scaler.scale(loss).backward()
-            meter.add(batch.index, ready.target, weight, logits, losses)
+            meter.add(batch.index, ready.target, batch.weight, logits, losses)
         meter.add_norm(guard.update(optimizer, scaler, args.clip_grad))
         if ema:
             ema.update_parameters(run.parts['model'])

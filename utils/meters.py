@@ -25,7 +25,10 @@ def percentages(sums: dict) -> dict:
     for k in ('top1', 'top5'):
         record[k] = 100 * sums.get(k, 0) / n
     parts = {k[5:]: v / n for k, v in sums.items() if k.startswith('loss/')}
-    return {**record, 'losses': parts} if parts else record
+    if parts:  # each in full, and as a share of their sum
+        record['losses'] = parts
+        record['shares'] = {k: v / record['loss'] if record['loss'] else 0.0 for k, v in parts.items()}
+    return record
 
 
 class Meter:

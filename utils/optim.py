@@ -4,9 +4,11 @@ import math
 import torch
 from torch import nn
 
+from .dot import DOT
+
 
 def make_optimizer(task: nn.Module, args) -> torch.optim.Optimizer:
-    """The fused optimizers, because they can be told on the device to leave out an update (see guard.py)."""
+    """Those that can be told on the device to leave out an update (see guard.py): the fused ones, and DOT."""
     parameters = [p for p in task.parameters() if p.requires_grad]
     if args.no_bias_decay:
         groups = [{'params': [p for p in parameters if p.ndim > 1]},
@@ -15,6 +17,8 @@ def make_optimizer(task: nn.Module, args) -> torch.optim.Optimizer:
         groups = [{'params': parameters}]
     if args.optimizer == 'adamw':
         return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+    if args.optimizer == 'dot':
+        return DOT(groups, args.lr, args.momentum, args.dot_delta, args.weight_decay)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, nesterov=args.nesterov,
                                 weight_decay=args.weight_decay, fused=True)
     if args.momentum:

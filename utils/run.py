@@ -25,7 +25,7 @@ from .meters import percentages
 from .optim import learning_rate, total_epochs
 
 FILES = ('args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
-         'best.pth', 'last.pth', 'interrupted', 'nonfinite.json', 'events.out.*', '*.tmp')
+         'best.pth', 'last.pth', 'teacher.pth', 'start.json', 'interrupted', 'nonfinite.json', 'events.out.*', '*.tmp')
 
 
 class Run:
@@ -120,6 +120,9 @@ class Run:
     def begin(self, student, train, valid):
         """Say what is about to happen, and open the folder for it."""
         args, ranks = self.args, distributed.world()
+        for name, fact in self.facts.items():
+            if len(set(distributed.gather(fact))) > 1:
+                distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
         distributed.from_main(self._begin)
         distributed.say(
             f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
@@ -162,7 +165,9 @@ class Run:
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
         record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
                   'seconds': round(self.seconds(), 2), 'news': progress.pop('news', {})}
-        last = {'epoch': epoch, **score}
+        others = {name: value for name, value in scores.items() if name != 'student'}
+        record |= others
+        last = {'epoch': epoch, **score, **others}
         progress.update(epoch=epoch + 1, sample=0, sums={}, last=last, best=last if best else progress['best'])
         distributed.from_main(lambda: self._write_epoch(record, best))
 
@@ -170,6 +175,8 @@ class Run:
         weights = {k: v.cpu().contiguous() for k, v in self.shipped().state_dict().items()}
         for name in ['last.pth'] + ['best.pth'] * best:
             checkpoint.write(self.folder / name, weights)
+        if 'teacher' in self.parts:  # it learns, too
+            checkpoint.write(self.folder / 'teacher.pth', self.parts['teacher'].state_dict())
         with open(self.folder / 'log.jsonl', 'a') as log:
             log.write(json.dumps(record) + '\n')
         checkpoint.write(self.folder / 'result.json', as_json(self._result()))
@@ -177,17 +184,24 @@ class Run:
         train, valid = record['train'], record['valid']
         print(f'Epoch {record["epoch"]}: train loss {train["loss"]:.4f} top1 {train["top1"]:.2f}; valid loss '
               f'{valid["loss"]:.4f} top1 {valid["top1"]:.2f} top5 {valid["top5"]:.2f} ({valid["n"]} images)'
-              + ', the best so far' * best, flush=True)
+              + ', the best so far' * best
+              + (f'; teacher top1 {record["teacher"]["top1"]:.2f}' if 'teacher' in record else ''), flush=True)
         if self.writer:
             for where in ('train', 'valid'):
                 for name in ('loss', 'top1', 'top5'):
                     self.writer.add_scalar(f'{name}/{where}', record[where][name], record['epoch'])
-            for name, value in train.get('losses', {}).items():
-                self.writer.add_scalar(f'losses/{name}', value, record['epoch'])
+            for kind in ('losses', 'shares'):
+                for name, value in train.get(kind, {}).items():
+                    self.writer.add_scalar(f'{kind}/{name}', value, record['epoch'])
+            for name, rows in record['news'].items():
+                for label, row in enumerate(rows):
+                    for key, value in row.items():
+                        if isinstance(value, float):
+                            self.writer.add_scalar(f'{name} {key}/{label}', value, record['epoch'])
             self.writer.add_scalar('lr', record['lr'], record['epoch'])
             self.writer.flush()
 
-    def report(self, scores: dict | None):
+    def report(self, scores: dict | None, file: str = 'evaluate.json'):
         """Print the scores of --evaluate, or of the start of a run, and leave them in --output if that was given."""
         if scores is None:
             sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
@@ -197,7 +211,7 @@ class Run:
                             f'{score["top5"]:.3f} ({score["correct5"]}/{score["n"]}), loss {score["loss"]:.4f}')
         if self.args.output:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.note('evaluate.json', {'scores': scores, **self._origin()})
+            self.note(file, {'scores': scores, **self._origin()})
 
     def finish(self):
         best, last = self.progress['best'], self.progress['last']

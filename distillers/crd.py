@@ -1,0 +1,107 @@
+"""Contrastive Representation Distillation. Tian, Krishnan, Isola, ICLR 2020."""
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import distributed
+
+from .base import Distiller, positive, probe
+from .parts import unit
+
+EPS = 1e-7
+
+
+class CRD(Distiller):
+    """Tell a sample's own embedding in the other network's memory from embeddings of other classes.
+
+        L    = weight * (l(e_s, M_t) + l(e_t, M_s)),   e = linear embedding of pooled, trained, at length 1
+        l    = -mean_b [log (P+ / (P+ + c)) + sum_{K negatives} log (c / (P- + c))],   c = K / N
+        P    = exp(<e, m> / tau) / Z,   Z = N * mean exp(<e, m> / tau) of the first batch
+        m_i <- momentum * m_i + (1 - momentum) * e_i, at length 1, after use
+
+    The memories hold an embedding of each of the N training samples: 51 MB for CIFAR, 1.3 GB for ImageNet. Products
+    are taken with all of them, and those of the drawn are picked. That needs 130 MB for 64 samples of CIFAR, where to
+    pick first would need 1 GB, and 3 GB for 256 of ImageNet.
+
+    negatives: K, drawn with replacement from the samples of other classes
+    tau: temperature of the similarities
+    momentum: share of the old in the new memory
+    feat_dim: length of the embeddings
+    mode: what the positive is; exact: the sample itself; relax: any of its class
+    weight: factor of the loss
+    """
+
+    def __init__(self, student, teacher, *, negatives=16384, tau=0.07, momentum=0.5, feat_dim=128,
+                 mode: Literal['exact', 'relax'] = 'exact', weight=0.8):
+        super().__init__()
+        positive(negatives=negatives, tau=tau, feat_dim=feat_dim, weight=weight)
+        if not 0 <= momentum < 1:
+            raise ValueError(f'momentum is {momentum}, but has to be at least 0 and below 1')
+        self.negatives, self.tau, self.momentum, self.mode, self.weight = negatives, tau, momentum, mode, weight
+        self.embed_s, self.embed_t = (nn.Linear(probe(network).pooled.shape[1], feat_dim)
+                                      for network in (student, teacher))
+        self.register_buffer('z', torch.zeros(2))  # of the student's and the teacher's embeddings; 0: not fixed yet
+        self.register_buffer('memory_s', None)  # [N, feat_dim], as soon as N is known
+        self.register_buffer('memory_t', None)
+
+    def know(self, targets):
+        size = targets.bincount()
+        if (size > 0).sum() < 2:
+            raise ValueError('CRD takes its negatives from other classes, but all training samples are of one')
+        n, d = len(targets), self.embed_s.out_features
+        self.memory_s, self.memory_t = (  # drawn on the CPU: the same whatever the device
+            ((2 * torch.rand(n, d) - 1) * math.sqrt(3 / d)).to(targets.device) for _ in range(2))
+        for name, value in {'targets': targets, 'order': targets.argsort(stable=True),  # one class after the other,
+                            'size': size, 'first': size.cumsum(0) - size}.items():  # each so long, from there on
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, s, t, batch):
+        if self.memory_s is None:
+            raise RuntimeError('CRD needs the classes of all training samples before its first step: call know()')
+        drawn = self.draw(batch.index)
+        with torch.autocast(s.pooled.device.type, enabled=False):
+            e_s, e_t = unit(self.embed_s(s.pooled.float())), unit(self.embed_t(t.pooled.float()))
+            x = torch.stack([compare(e_s, self.memory_t, drawn), compare(e_t, self.memory_s, drawn)]) / self.tau
+        self.fix_z(x.detach(), counts=batch.weight > 0)
+        log_p = x - self.z.log().view(2, 1, 1)  # [2, B, 1 + K]
+        c = self.negatives / len(self.targets)
+        # In these forms a sum of K tiny terms, not a difference of large numbers.
+        loss = (F.softplus(math.log(c + EPS) - log_p[..., 0])
+                + torch.log1p((log_p[..., 1:].exp() + EPS) / c).sum(2)).mean(1).sum()
+        self.remember(e_s, e_t, batch)
+        return {'crd': self.weight * loss}
+
+    def draw(self, index: Tensor) -> Tensor:
+        """[B] -> [B, 1 + K], for each sample the numbers of its positive and its negatives."""
+        own = self.targets[index, None]
+        first, size = self.first[own], self.size[own]
+        place = uniform((len(index), self.negatives), len(self.targets) - size)
+        place += size * (place >= first)  # leaps over its own class
+        positives = index[:, None] if self.mode == 'exact' else self.order[first + uniform(own.shape, size)]
+        return torch.cat([positives, self.order[place]], 1)
+
+    @torch.no_grad()
+    def fix_z(self, x: Tensor, counts: bool):
+        """Take Z from the first batch, of all ranks."""
+        sums = torch.stack([*x.exp().sum((1, 2)), x.new_full((), x[0].numel())]) * counts
+        *sums, number = distributed.total(sums)
+        self.z.copy_(torch.where(self.z > 0, self.z, len(self.targets) * torch.stack(sums) / number))
+
+    @torch.no_grad()
+    def remember(self, e_s: Tensor, e_t: Tensor, batch):
+        index, e_s, e_t = (distributed.gather_rows(x, batch.weight > 0) for x in (batch.index, e_s, e_t))
+        for memory, e in ((self.memory_s, e_s), (self.memory_t, e_t)):
+            memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * e)
+
+
+def compare(e: Tensor, memory: Tensor, drawn: Tensor) -> Tensor:
+    """[B, d], [N, d], [B, 1 + K] -> [B, 1 + K]. With a copy: the memory will have changed by the backward pass."""
+    return (e @ memory.clone().T).gather(1, drawn)
+
+
+def uniform(shape, below: Tensor) -> Tensor:
+    """Random integers, each below a bound of its own."""
+    return torch.randint(2**62, shape, device=below.device) % below

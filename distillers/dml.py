@@ -1,0 +1,35 @@
+"""Deep Mutual Learning. Zhang et al., CVPR 2018."""
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Distiller, positive
+
+
+class DML(Distiller):
+    """Two networks learn together, each from the labels and from the other's predictions.
+
+        L_s = weight_s * mean_b KL(p_t || p_s)    p_t a constant;  p = softmax(z)
+        L_t = weight_t * mean_b KL(p_s || p_t)    p_s a constant
+
+    The "teacher" learns the labels, too, and starts from random weights. Both learn from the predictions of one forward
+    pass and move in one step; the paper lets the second look at the first again after its step.
+
+    weight_s: factor of what the student learns from the teacher
+    weight_t: factor of what the teacher learns from the student
+    """
+
+    trains_teacher = True
+
+    def __init__(self, student, teacher, *, weight_s=1.0, weight_t=1.0):
+        super().__init__()
+        positive(weight_s=weight_s, weight_t=weight_t)
+        self.weight_s, self.weight_t = weight_s, weight_t
+
+    def forward(self, s, t, batch):
+        log_p_s, log_p_t = (F.log_softmax(x.logits.float(), dim=1) for x in (s, t))
+        return {'dml_student': self.weight_s * kl(log_p_t.detach(), log_p_s),
+                'dml_teacher': self.weight_t * kl(log_p_s.detach(), log_p_t)}
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)

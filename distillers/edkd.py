@@ -1,0 +1,37 @@
+"""Exponential Dynamic Knowledge Distillation. Code release without a paper, 2024."""
+from typing import Literal
+
+from .base import Distiller, positive
+from .dkd import decoupled
+
+
+class EDKD(Distiller):
+    """DKD whose weight of the other classes grows with how clear-cut the teacher is about the target.
+
+        L = min(epoch / warmup, 1) * mean_b (TCKD + beta * NCKD),   beta = beta_max * exp(m - 1)
+        m = max(p_t[y], 1 - p_t[y]),   p_t = softmax(z_t / T)
+
+    beta: factor of the other classes' part, each sample's own or, as released, the mean over the batch
+    beta_max: the largest factor of the other classes' part
+    confidence: m, the larger of the probabilities for and against the target, or that of the target itself
+    temperature: T, of all softmaxes
+    warmup: epochs over which the loss grows to its full weight
+    """
+
+    def __init__(self, student, teacher, *, beta: Literal['sample', 'batch'] = 'sample', beta_max=8.0,
+                 confidence: Literal['max', 'target'] = 'max', temperature=4.0, warmup=20):
+        super().__init__()
+        positive(beta_max=beta_max, temperature=temperature, warmup=warmup)
+        self.per_sample, self.beta_max, self.confidence = beta == 'sample', beta_max, confidence
+        self.temperature, self.warmup, self.warm = temperature, warmup, 1.0
+
+    def start_epoch(self, epoch, pairs):
+        self.warm = min(epoch / self.warmup, 1.0)
+
+    def forward(self, s, t, batch):
+        tckd, nckd, p_t = decoupled(s.logits, t.logits, batch.target, self.temperature)
+        m = p_t.amax(1) if self.confidence == 'max' else p_t[:, 0]
+        beta = self.beta_max * (m - 1).exp()
+        if not self.per_sample:
+            beta = beta.mean()
+        return {'edkd_tckd': self.warm * tckd.mean(), 'edkd_nckd': self.warm * (beta * nckd).mean()}

@@ -1,0 +1,34 @@
+"""FitNets: Hints for Thin Deep Nets. Romero et al., ICLR 2015."""
+import torch.nn.functional as F
+
+from .base import Distiller, positive, probe
+from .parts import Pairing, Regressor, stage_pairs
+
+
+class FitNet(Distiller):
+    """A map of the student's shall tell the teacher's, the hint.
+
+        L = weight * mean (relu(reg(F_s)) - F_t)^2,   reg: convolution and norm
+
+    The mean goes over all elements. The convolution brings a map that is twice or half as large to the teacher's size;
+    from any other size it is 1x1, after the larger of both is averaged down to the smaller. For the paper's two steps,
+    let this run with --ce-weight 0, and then another method on the student that comes out (--student-resume).
+
+    stage: the student's stage that gets a hint, 1 is the first after the stem; the pairing tells the teacher's
+    weight: factor of the loss
+    pairing: stages by depth, deepest with deepest, or by equal size
+    """
+
+    def __init__(self, student, teacher, *, stage=2, weight=100.0, pairing: Pairing = 'depth'):
+        super().__init__()
+        positive(weight=weight)
+        pairs = dict(stage_pairs(student, teacher, pairing))
+        if stage - 1 not in pairs:
+            raise ValueError(f'stage {stage} of the student has no partner for a hint; these have one: '
+                             f'{", ".join(str(i + 1) for i in pairs)} (--fitnet-stage)')
+        self.weight, self.stage_s, self.stage_t = weight, stage - 1, pairs[stage - 1]
+        self.regressor = Regressor(probe(student).maps[self.stage_s].shape, probe(teacher).maps[self.stage_t].shape)
+
+    def forward(self, s, t, batch):
+        guess, hint = self.regressor(s.maps[self.stage_s], t.maps[self.stage_t])
+        return {'fitnet': self.weight * F.mse_loss(F.relu(guess), hint)}

@@ -1,0 +1,100 @@
+"""What several methods are made of: pairs of stages, equal sizes, relations over all ranks."""
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import distributed
+
+from .base import probe
+
+Pairing = Literal['depth', 'size']
+
+
+def stage_pairs(student: nn.Module, teacher: nn.Module, by: str = 'depth') -> list[tuple[int, int]]:
+    """Numbers of the stages to pair, shallow to deep.
+
+    depth: the deepest with the deepest and so on, whatever their sizes; the shallow rest of the longer list is left out
+    size: the deepest left of those whose maps are equal in size
+    """
+    sizes_s, sizes_t = ([x.shape[2:] for x in probe(network).maps] for network in (student, teacher))
+    if by == 'depth':
+        n = min(len(sizes_s), len(sizes_t))
+        return [(len(sizes_s) - n + k, len(sizes_t) - n + k) for k in range(n)]
+    pairs, j = [], len(sizes_t)
+    for i in reversed(range(len(sizes_s))):
+        equal = [k for k in range(j) if sizes_t[k] == sizes_s[i]]
+        if equal:
+            j = equal[-1]
+            pairs.append((i, j))
+    if not pairs:
+        shown = ' and '.join(str([tuple(size) for size in sizes]) for sizes in (sizes_s, sizes_t))
+        raise ValueError(f'no stages of student and teacher have maps of one size ({shown}): pair them by depth')
+    return pairs[::-1]
+
+
+def smaller(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps at the size of the smaller one, in float32; the larger is averaged down to it."""
+    size = [min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:])]
+    return tuple(f.float() if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f.float(), size)
+                 for f in (f_s, f_t))
+
+
+def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out))
+
+
+class Regressor(nn.Module):
+    """Student's map, teacher's map -> a guess at the teacher's, and the teacher's, at one size, in float32.
+
+    By convolution and norm: 3x3 that halves, transposed 4x4 that doubles, or else 1x1 on maps brought to the smaller of
+    their sizes. (As published, a kernel of 1 + s - t pixels brings s to t: a network for one image size, and huge.)
+    identity: whether maps of one shape are left as they are
+    """
+
+    def __init__(self, shape_s: torch.Size, shape_t: torch.Size, identity: bool = False):
+        super().__init__()
+        (c_s, *size_s), (c_t, *size_t) = shape_s[1:], shape_t[1:]
+        self.resizes, self.layers = True, nn.Sequential()
+        if size_s == [2 * x for x in size_t]:
+            self.layers.append(nn.Conv2d(c_s, c_t, 3, stride=2, padding=1))
+        elif size_t == [2 * x for x in size_s]:
+            self.layers.append(nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1))
+        else:
+            self.resizes = False
+            if not (identity and shape_s == shape_t):
+                self.layers.append(nn.Conv2d(c_s, c_t, 1))
+        if self.layers:
+            self.layers.append(nn.BatchNorm2d(c_t))
+
+    def forward(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.resizes:
+            f_s, f_t = smaller(f_s, f_t)
+        return smaller(self.layers(f_s.float()), f_t)  # an odd size does not come out exact
+
+
+def of_all_ranks(rows: Tensor, batch, local: bool) -> Tensor:
+    """In float32, the rows that a relation is taken over: of the global batch, or (local) of this rank's share."""
+    rows = rows.float()
+    return rows if local else distributed.gather_rows(rows, batch.weight > 0)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1 along the last dimension; one of no length has no direction either: 0, and no gradient."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(length > 1e-6, x / length.clamp(min=1e-6), 0.0)
+
+
+def row_pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of corresponding rows, [R, K] x [R, K] -> [R]; 0 where a row is constant."""
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    return (a * b).sum(1) / (torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1) + 1e-8)
+
+
+def relations(y_s: Tensor, y_t: Tensor, batch, local: bool) -> tuple[Tensor, Tensor]:
+    """DIST's distances, 1 - mean correlation: of the classes of an image, and of the images of a class. [N, K] each"""
+    inter = 1 - row_pearson(y_s, y_t).mean()
+    y_s, y_t = (of_all_ranks(y, batch, local) for y in (y_s, y_t))
+    intra = 1 - row_pearson(y_s.T, y_t.T).mean() if len(y_s) > 1 else y_s.sum() * 0.0  # one is in no relation
+    return inter, intra

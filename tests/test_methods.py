@@ -1,0 +1,181 @@
+"""What every method has to do under every pair of networks: one table of methods, one of pairs, one list of demands."""
+import copy
+
+import pytest
+import torch
+import zoo
+from conftest import assert_same
+
+from distillers import DISTILLERS, Distillation, adapts, describe
+from distillers.base import hyper_parameters
+from models import Features
+
+EQUAL_CHANNELS = {'narrower', 'wider', 'more stages', 'fewer stages', 'no norm'}
+REFUSED = {  # pairs that a method cannot make sense of
+    'mgd': {'wider', 'smaller maps', 'larger maps'},
+    'kdsvd': EQUAL_CHANNELS,
+    'fsp': EQUAL_CHANNELS,
+}
+LOGITS = {'kd', 'dkd', 'edkd', 'mrkd', 'dist', 'dml', 'expkd'}
+POOLED = {'rkd', 'pkt', 'cc', 'crd', 'reviewkd', 'srd', 'srdwithdist', 'simkd'}
+
+
+def beyond(name) -> tuple[str, ...]:
+    """What lies behind the deepest tensor of the student that a method looks at."""
+    if name in LOGITS:
+        return ('student.classifier.bias',) if name == 'expkd' else ()
+    behind = ('student.classifier',) if name in POOLED else ('student.classifier', 'student.last')
+    last = [f'student.{part}.{stage}' for part in ('convs', 'norms') for stage in (2, 3)]
+    return (*behind, *last) if name == 'fitnet' else behind
+
+
+CASES = [(name, pair) for name in DISTILLERS for pair in zoo.PAIRS if pair not in REFUSED.get(name, ())]
+
+
+def build(name, pair='same', **hyper):
+    student, teacher = zoo.make(pair)
+    torch.manual_seed(1)
+    distiller = DISTILLERS[name](student, teacher, **hyper)
+    task = Distillation(student, teacher, {name: distiller}, ce_weight=0.0)
+    task.know(torch.arange(40) % zoo.CLASSES)
+    task.start_epoch(20, lambda: [zoo.make_batch(seed=s) for s in (8, 9)])  # warm-ups are over
+    return task.train()
+
+
+def loss_of(task, batch):
+    torch.manual_seed(2)
+    return sum(task(batch)[1].values())
+
+
+@pytest.mark.parametrize('name', [name for name, pairs in REFUSED.items() if name in DISTILLERS])
+def test_what_cannot_work_is_refused_in_one_line(name):
+    for pair in REFUSED[name]:
+        with pytest.raises(ValueError) as refused:
+            build(name, pair)
+        assert len(str(refused.value)) > 40 and '\n' not in str(refused.value), pair
+
+
+@pytest.mark.parametrize('name, pair', CASES)
+def test_it_learns_from_the_teacher_and_leaves_it_alone(name, pair):
+    task = build(name, pair)
+    teacher, batch = task.teacher, zoo.make_batch()
+    before, modes = copy.deepcopy(teacher.state_dict()), [m.training for m in teacher.modules()]
+    start = {key: value.clone() for key, value in task.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = loss_of(task, batch)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is not None for p in task.parameters() if p.requires_grad)  # what DDP waits for
+        optimizer.step()
+
+    assert all(x == x and abs(x) < float('inf') for x in losses) and losses[-1] < losses[0]
+    idle = {key for key, value in task.named_parameters() if value.requires_grad and torch.equal(value, start[key])}
+    assert not {key for key in idle if not key.startswith(beyond(name))}
+    if not task.trains_teacher:
+        assert_same(teacher.state_dict(), before)
+        assert [m.training for m in teacher.modules()] == modes and all(p.grad is None for p in teacher.parameters())
+
+
+def changed(features: Features, how) -> Features:
+    return Features(*([how(x) for x in field] if isinstance(field, list) else how(field) for field in features))
+
+
+EXTREMES = {
+    'logits of 1e4': (6, lambda s, t: (s._replace(logits=s.logits.sign() * 1e4 + 0 * s.logits),
+                                       t._replace(logits=-t.logits.sign() * 1e4))),
+    'constant student': (6, lambda s, t: (changed(s, lambda x: 0 * x + 0.5), t)),
+    'constant teacher': (6, lambda s, t: (s, changed(t, lambda x: torch.full_like(x, 0.5)))),
+    'zero features': (6, lambda s, t: (changed(s, lambda x: 0 * x), changed(t, torch.zeros_like))),
+    'teacher is student': (6, lambda s, t: (s, changed(s, torch.Tensor.detach))),
+    'batch of 1': (1, lambda s, t: (s, t)),
+}
+
+
+@pytest.mark.parametrize('case', EXTREMES)
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_extremes_are_finite(name, case):
+    task = build(name, 'same')
+    n, how = EXTREMES[case]
+    batch = zoo.make_batch(n)
+    task.eval()  # networks; a batch of one image has no statistics
+    s = changed(task.student(batch.images, features=True), lambda x: x.detach().requires_grad_())
+    with torch.no_grad():
+        t = task.teacher(batch.images, features=True)
+    given, t = how(s, t)
+    distiller = task.distillers[name]
+    losses = distiller(distiller.adapt(given), t, batch)
+    sum(losses.values()).backward()
+    leaves = [*s[:3], *s.preact, *s.maps, *distiller.parameters()]
+    assert all(loss.isfinite() for loss in losses.values()), losses
+    assert all(x.grad is None or x.grad.isfinite().all() for x in leaves)
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_half_precision_features_give_float32_losses(name):
+    task, batch = build(name, 'same'), zoo.make_batch()
+    task.eval()
+    distiller = task.distillers[name]
+    with torch.no_grad():
+        s, t = task.student(batch.images, features=True), task.teacher(batch.images, features=True)
+        short = changed(s, torch.Tensor.bfloat16), changed(t, torch.Tensor.bfloat16)
+        exact = changed(short[0], torch.Tensor.float), changed(short[1], torch.Tensor.float)
+        values = []
+        for s, t in (exact, short):
+            torch.manual_seed(3)
+            state = copy.deepcopy(distiller)
+            with torch.autocast('cpu', torch.bfloat16):
+                values.append(state(state.adapt(s), t, batch))
+    for key, value in values[0].items():
+        assert value.dtype == values[1][key].dtype == torch.float32, key
+        assert values[1][key].item() == pytest.approx(value.item(), rel=0.05, abs=1e-3), key
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_state_comes_back(name):
+    task, other, batch = build(name), build(name), zoo.make_batch()
+    for _ in range(2):
+        loss_of(task, batch)  # memories fill, statistics move
+    for part in ('student', 'distillers', 'teacher'):
+        getattr(other, part).load_state_dict(getattr(task, part).state_dict())
+    assert loss_of(other, batch).item() == loss_of(task, batch).item()
+    assert not any(key.startswith('teacher') for key in task.state_dict()) or task.trains_teacher
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_targets_may_be_shares_of_the_classes(name):
+    task, batch = build(name), zoo.make_batch()
+    shares = torch.nn.functional.one_hot(batch.target, zoo.CLASSES).float()
+    values = [loss_of(copy.deepcopy(task), b).item() for b in (batch, batch._replace(target=shares))]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_all_of_them_together():
+    student, teacher = zoo.make('same')
+    torch.manual_seed(0)
+    methods = {name: method(student, teacher) for name, method in DISTILLERS.items() if not adapts(method)}
+    task = Distillation(student, teacher, methods)
+    task.know(torch.arange(40) % zoo.CLASSES)
+    task.start_epoch(1, lambda: [zoo.make_batch()])
+    losses = task(zoo.make_batch())[1]
+    sum(losses.values()).backward()
+    assert all(any(key.startswith(name) for key in losses) for name in methods)
+    assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_it_is_described(name):
+    text = describe({name: DISTILLERS[name]})
+    assert text.startswith(f'{name}: ') and text.count('\n') == 1 + len(hyper_parameters(DISTILLERS[name]))
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_one_epoch_of_the_script(name, distill, tmp_path):
+    run = distill('--dataset', 'cifar10', '--dummy', '--dummy-images', 20, '--arch', 'resnet8', '--teacher-arch',
+                  'resnet8', '--image-size', 32, '--distiller', name, '--epochs', 1, '--lr', 1e-4, '-b', 8,
+                  '--skip-first-evaluation', '--output', tmp_path)
+    assert run.code == 0, run.err
+    train = run.log()[0]['train']
+    assert any(key.startswith(name) for key in train['losses']) and sum(train['shares'].values()) == pytest.approx(1)
