@@ -1,0 +1,14 @@
+"""What there is to measure: name -> function from Settings to a Case, one line each."""
+from .features import mv2_features
+from .memory import memory
+from .mgd_flow import flow_assignment, flow_tracking
+from .mgd_step import mgd_overhead, mgd_step
+
+CASES = {
+    'mgd-step': mgd_step,
+    'mgd-overhead': mgd_overhead,
+    'mv2-features': mv2_features,
+    'flow-tracking': flow_tracking,
+    'flow-assignment': flow_assignment,
+    'memory': memory,
+}

@@ -1,0 +1,141 @@
+"""How a case is measured: all its variants in one process, in random order within each round.
+
+The machine may be busy, so what counts on a CPU is the process's own time, and what is reported is the median over
+rounds of the ratio within a round.
+"""
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+CUDA_WARM_UP, CUDA_STEPS = 50, 200
+
+# How a variant compares with its baseline, and whether more of it is better
+METRICS = {
+    'speed-up': (lambda ours, baseline: baseline / ours, True),
+    'share': (lambda ours, baseline: ours / baseline, False),
+    'overhead': (lambda ours, baseline: ours / baseline - 1, False),
+}
+
+
+class Settings(NamedTuple):
+    device: torch.device = torch.device('cpu')
+    threads: int = 1
+    peers: Path | None = None  # a folder with checkouts of other projects
+
+
+class Variant(NamedTuple):
+    run: Callable  # does the work once and returns what it comes to: numbers or tensors by name
+    precision: str = 'fp32'
+
+
+class Row(NamedTuple):
+    """A variant against another one. Their results may differ by `tolerance` of the mean magnitude."""
+    variant: str
+    baseline: str
+    goal: float
+    metric: str = 'speed-up'
+    tolerance: float = 1e-5
+
+
+class Case(NamedTuple):
+    variants: dict[str, Variant]
+    rows: list[Row]
+    unit: str = 'ms'
+    limit: Callable[[], str] | None = None  # tells what no code of ours could get below, asked for at the end
+    measures: bool = False  # run() returns (value, result) by itself, of something that noise does not touch
+    skipped: tuple[str, ...] = ()  # lines about what could not be compared
+
+
+class Mismatch(Exception):
+    """Two variants do not come to the same."""
+
+
+class Outcome(NamedTuple):
+    row: Row
+    precision: str
+    ours: list[float]
+    baseline: list[float]
+    error: float
+
+    @property
+    def ratios(self) -> np.ndarray:
+        return METRICS[self.row.metric][0](np.array(self.ours), np.array(self.baseline))
+
+    @property
+    def reached(self) -> bool:
+        ratio, more_is_better = np.median(self.ratios), METRICS[self.row.metric][1]
+        return bool(ratio >= self.row.goal if more_is_better else ratio <= self.row.goal)
+
+
+def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
+    """One outcome for every row whose precision this machine has, after all results were found to be equal."""
+    variants = {name: v for name, v in case.variants.items() if available(v.precision, settings.device)}
+    rows = [row for row in case.rows if row.variant in variants and row.baseline in variants]
+    order = random.Random(0)
+
+    def one_round(steps):
+        measured = {}
+        for name in order.sample(list(variants), len(variants)):
+            torch.manual_seed(0)
+            run = variants[name].run
+            measured[name] = run() if case.measures else timed(run, settings.device, steps)
+        return measured
+
+    on_cuda = settings.device.type == 'cuda'
+    first = one_round(CUDA_WARM_UP if on_cuda else 1)
+    errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
+    kept = [first] if case.measures else [one_round(-(-CUDA_STEPS // rounds) if on_cuda else 1) for _ in range(rounds)]
+    samples = {name: [measured[name][0] for measured in kept] for name in variants}
+    return [Outcome(row, variants[row.variant].precision, samples[row.variant], samples[row.baseline], error)
+            for row, error in zip(rows, errors)]
+
+
+def timed(run: Callable, device: torch.device, steps: int) -> tuple[float, dict]:
+    """Milliseconds per step, and the result of the first."""
+    if device.type == 'cpu':
+        start = time.process_time()
+        result = run()
+        return 1e3 * (time.process_time() - start), result
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = run()
+    for _ in range(steps - 1):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / steps, result
+
+
+def difference(row: Row, ours: dict, baseline: dict) -> float:
+    """The largest difference of what both return, in mean magnitudes of the baseline."""
+    worst = 0.0
+    for name in ours.keys() & baseline.keys():
+        a, b = (torch.as_tensor(result[name]).detach().cpu().double() for result in (ours, baseline))
+        error = ((a - b).abs().max() / b.abs().mean().clamp(min=1e-30)).item()
+        if not error <= row.tolerance:  # NaN is a mismatch, too
+            raise Mismatch(f'{row.variant}: {name} differs from that of {row.baseline} by {error:.1e} of its mean '
+                           f'magnitude, {row.tolerance:.0e} is allowed')
+        worst = max(worst, error)
+    return worst
+
+
+def available(precision: str, device: torch.device) -> bool:
+    """bfloat16 is slower than float32 where the processor has no instructions for it."""
+    if precision != 'bf16':
+        return True
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    cpu = Path('/proc/cpuinfo')
+    return cpu.exists() and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu.read_text().split())
+
+
+def matmul_rate(precision: str, device: torch.device, n: int = 1024) -> float:
+    """FLOP per ms that a product of two square matrices reaches here, the best of a few."""
+    a = torch.rand(n, n, device=device, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
+    steps = 50 if device.type == 'cuda' else 1
+    return 2 * n ** 3 / min(timed(lambda: a @ a, device, steps)[0] for _ in range(5))

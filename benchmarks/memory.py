@@ -1,0 +1,63 @@
+"""Peak memory of two training steps of MGD, each variant in a process of its own."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import peers
+from .harness import Case, Row, Settings, Variant
+from .mgd_step import SIZES, builders
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def memory(settings: Settings, **sizes) -> Case:
+    variants = {name: Variant(in_its_own_process(name, settings, SIZES | sizes), kind)
+                for name, (_, kind) in builders(settings, SIZES | sizes).items() if name != 'contiguous'}
+    rows = [Row('channels_last', 'plain', 0.9, 'share', tolerance=1e-4),
+            Row('bf16 channels_last', 'plain', 0.5, 'share', tolerance=2e-2),
+            Row('channels_last', peers.MGD, 0.45, 'share', tolerance=1e-4),
+            Row('bf16 channels_last', peers.MGD, 0.3, 'share', tolerance=2e-2)]
+    return Case(variants, rows, unit='MB', measures=True, skipped=peers.trouble(settings))
+
+
+def in_its_own_process(name: str, settings: Settings, sizes: dict):
+    def run():
+        given = json.dumps([name, str(settings.device), settings.threads, str(settings.peers or ''), sizes])
+        command = [sys.executable, '-c', 'import sys; from benchmarks.memory import main; main(sys.argv[1])', given]
+        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        growth, loss = json.loads(answer)
+        return growth, {'loss': loss}
+    return run
+
+
+def growth_of(run, device: torch.device) -> tuple[float, float]:
+    """MB by which two steps raise the peak, and the loss of the first."""
+    before = held(device)
+    loss = run()['loss'].item()
+    run()
+    return (peak(device) - before) / 1e6, loss
+
+
+def held(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == 'cuda' else resident('VmRSS')
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resident('VmHWM')
+
+
+def resident(key: str) -> int:
+    """Bytes. Not getrusage: its peak is inherited, a child starts with that of the process that forked it."""
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(status.partition(f'{key}:')[2].split()[0])
+
+
+def main(given: str):
+    name, device, threads, folder, sizes = json.loads(given)
+    torch.set_num_threads(threads)
+    settings = Settings(torch.device(device), threads, Path(folder) if folder else None)
+    build, _ = builders(settings, sizes)[name]
+    print(json.dumps(growth_of(build(), settings.device)))

@@ -1,0 +1,84 @@
+"""The baselines: matching guided distillation as one writes it down at first, with nothing but what PyTorch offers."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
+from torch import nn
+
+
+class PlainMGD(nn.Module):
+    """The loss with absolute max pooling, from the flow and the margins of a distillers.mgd.MGD."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.flows = [stage.flow for stage in method.stages]
+        self.margins = [stage.margins for stage in method.stages]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(flow.shape[1]) for flow in self.flows)
+        self.pairing, self.factors, self.divisor = method.pairing, method.stage_factors, method.loss_factor
+
+    def forward(self, s, t):
+        total = 0.0
+        for (i, j), norm, flow, margins, factor in zip(self.pairing, self.norms, self.flows, self.margins,
+                                                       self.factors):
+            wanted = torch.stack([t[j][:, members] for members in flow], dim=2)  # [N, sc, g, H, W]
+            strongest = wanted.abs().argmax(dim=2, keepdim=True)
+            wanted = wanted.gather(2, strongest).squeeze(2)
+            wanted = torch.max(wanted, margins[flow].mean(0).view(1, -1, 1, 1))
+            shown = norm(s[i])
+            counts = (shown > wanted) | (wanted > 0)
+            total = total + factor * (F.mse_loss(shown, wanted, reduction='none') * counts).sum()
+        return total / (len(s[0]) * self.divisor)
+
+
+def plain_step(student, teacher, method, batch):
+    """A training step in float32."""
+    loss = PlainMGD(method).to(batch.images.device)
+    parameters = [*student.parameters(), *loss.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    criterion = nn.CrossEntropyLoss()
+
+    def run():
+        with torch.no_grad():
+            t = teacher(batch.images, features=True)
+        s = student(batch.images, features=True)
+        total = criterion(s.logits, batch.target) + loss(s.preact, t.preact)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return {'loss': total}
+    return run
+
+
+def plain_tracking(f_s, f_t) -> np.ndarray:
+    """Squared distances of all pairs of normalised channels, summed over the images."""
+    s, t = F.normalize(f_s.flatten(2), dim=2), F.normalize(f_t.flatten(2), dim=2)
+    distances = 2 - 2 * torch.bmm(s, t.transpose(1, 2))
+    return distances.sum(dim=0).cpu().numpy()
+
+
+def plain_assignment(cost: np.ndarray, g: int) -> np.ndarray:
+    """Rows repeated g times, one call per arc. [sc, tc] -> [g, sc]"""
+    sc = len(cost)
+    solver = SimpleLinearSumAssignment()
+    for copy in range(g):
+        for row in range(sc):
+            for column in range(cost.shape[1]):
+                solver.add_arc_with_cost(copy * sc + row, column, int(1e5 * cost[row][column]))
+    assert solver.solve() == solver.OPTIMAL
+    return np.array([solver.right_mate(row) for row in range(g * sc)]).reshape(g, sc)
+
+
+def restarted_features(network, x):
+    """Logits, then the pre-activation of every tapped block of a MobileNetV2, each from the image on."""
+    logits = network(x)
+    stem, *blocks, _ = network.features
+    preacts = []
+    for tap in network.taps:
+        at = F.relu6(stem(x))
+        for block in blocks[:tap - 1]:
+            at = block(at)[2]
+        *expand, depthwise, _, _ = blocks[tap - 1].conv
+        for layer in expand:
+            at = F.relu6(layer(at))
+        preacts.append(depthwise(at))
+    return logits, preacts

@@ -1,0 +1,138 @@
+"""Measure this project against plain formulations of the same, and against other projects.
+
+    python benchmarks/run.py                         everything, on a CPU
+    python benchmarks/run.py mgd-step --device cuda  one case, on a GPU
+    python benchmarks/run.py --peers ~/checkouts     also against https://github.com/KaiyuYue/mgd in ~/checkouts/mgd
+
+Before a speed is printed, the results are compared. Exits with 1 where they differ or a goal is missed.
+"""
+import argparse
+import json
+import platform
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import CASES, peers  # noqa: E402
+from benchmarks.harness import METRICS, Case, Mismatch, Outcome, Settings, measure  # noqa: E402
+from utils.run import git_revision  # noqa: E402
+
+LINE = '{:<16} {:<20} {:<20} {:>5} {:>8} {:>8} {:>2} {:>9} {:>6} {:>13} {:>7}  {}'
+HEAD = LINE.format('case', 'variant', 'against', 'in', 'ours', 'baseline', '', '', 'median', 'IQR', 'goal', '')
+
+
+def main(cases=CASES, arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('cases', nargs='*', metavar='CASE', help=f'of {", ".join(cases)} (default: all)')
+    parser.add_argument('--device', default='cpu', metavar='D', help='cpu or cuda')
+    parser.add_argument('--threads', type=int, default=1, metavar='N', help='of the process')
+    parser.add_argument('--rounds', type=int, default=9, metavar='N', help='after one that does not count')
+    parser.add_argument('--peers', type=Path, metavar='DIR', help='folder with checkouts of other projects')
+    parser.add_argument('--output', type=Path, default=ROOT / 'runs' / 'bench', metavar='DIR',
+                        help='folder for bench.json and bench.png')
+    args = parser.parse_args(arguments)
+    for name in args.cases:
+        if name not in cases:
+            parser.error(f'there is no case {name}, but {", ".join(cases)}')
+    if args.rounds < 1:
+        parser.error('--rounds has to be at least 1')
+    torch.set_num_threads(args.threads)
+    settings = Settings(torch.device(args.device), args.threads, args.peers and args.peers.expanduser().resolve())
+
+    facts = {'command': sys.argv, 'time': datetime.now().isoformat(timespec='seconds'), 'device': device_name(settings),
+             'threads': args.threads, 'rounds': args.rounds, 'git': git_revision(), 'versions': versions()}
+    if args.peers and not peers.trouble(settings):
+        facts['peers'] = {peers.MGD: peers.revision(settings)}
+    print(*(f'{key}: {value}' for key, value in facts.items()), sep='\n')
+    print(f'\n{HEAD}', flush=True)
+
+    records, complete = [], True
+    for name in args.cases or cases:
+        try:
+            case = cases[name](settings)
+            outcomes = measure(case, settings, args.rounds)
+        except Mismatch as error:
+            print(f'{name:<16} MISMATCH {error}', flush=True)
+            complete = False
+            continue
+        records += show(name, case, outcomes)
+    write(args.output, facts, records)
+    return 0 if complete and all(record['reached'] for record in records) else 1
+
+
+def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
+    """Print the rows of a case and return them for the record."""
+    records = []
+    limit = case.limit() if case.limit else None
+    for outcome in outcomes:
+        row, ratios = outcome.row, outcome.ratios
+        low, median, high = np.percentile(ratios, (25, 50, 75))
+        ours, baseline = np.median(outcome.ours), np.median(outcome.baseline)
+        sign = '>=' if METRICS[row.metric][1] else '<='
+        print(LINE.format(name, row.variant, row.baseline, outcome.precision, f'{ours:.0f}', f'{baseline:.0f}',
+                          case.unit, row.metric, f'{median:.2f}', f'{low:.2f} .. {high:.2f}', f'{sign} {row.goal}',
+                          'ok' if outcome.reached else 'MISSED'))
+        records.append({'case': name, **row._asdict(), 'precision': outcome.precision, 'unit': case.unit,
+                        'ours': outcome.ours, 'against': outcome.baseline, 'error': outcome.error, 'ratio': median,
+                        'quartiles': [low, high], 'reached': outcome.reached, 'limit': limit})
+    measured = {outcome.row for outcome in outcomes}
+    for row in case.rows:
+        if row not in measured and row.variant in case.variants and row.baseline in case.variants:
+            print(f'{name:<16} {row.variant:<20} skipped: this machine has no instructions for its precision')
+    errors = [outcome.error for outcome in outcomes if np.isfinite(outcome.row.tolerance)]
+    if errors:
+        print(f'{"":<16} equal results, up to {max(errors):.0e} of their mean magnitude')
+    if limit:
+        print(f'{"":<16} limit: {limit}')
+    for line in case.skipped:
+        print(f'{"":<16} skipped: {line}')
+    sys.stdout.flush()
+    return records
+
+
+def device_name(settings: Settings) -> str:
+    if settings.device.type == 'cuda':
+        return torch.cuda.get_device_name(settings.device)
+    cpu = Path('/proc/cpuinfo')
+    model = [line for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.exists() else []
+    return model[0].partition(': ')[2] if model else platform.processor()
+
+
+def versions() -> dict:
+    import ortools
+    import torchvision
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
+            'ortools': ortools.__version__, 'numpy': np.__version__}
+
+
+def write(folder: Path, facts: dict, records: list[dict]):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'bench.json', 'w') as file:
+        json.dump(facts | {'rows': records}, file, indent=1, default=str)
+    try:
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print(f'\n{folder / "bench.json"}; a chart needs matplotlib')
+        return
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(records)), layout='constrained')
+    places = range(len(records))
+    axes.barh(places, [r['ratio'] for r in records], color=['tab:blue' if r['reached'] else 'tab:red' for r in records])
+    axes.vlines([r['goal'] for r in records], [p - 0.45 for p in places], [p + 0.45 for p in places], color='black')
+    axes.set_yticks(places, [f'{r["case"]}: {r["variant"]} / {r["baseline"]} ({r["metric"]})' for r in records])
+    axes.invert_yaxis()
+    axes.set_title(f'{facts["device"]}; black: goal')
+    figure.savefig(folder / 'bench.png', dpi=120)
+    plt.close(figure)
+    print(f'\n{folder / "bench.json"}, {folder / "bench.png"}')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The benchmarks measure what they say, refuse unequal results, and fail where a goal is missed."""
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import CASES
+from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, measure
+from benchmarks.memory import held, peak
+from benchmarks.mgd_flow import flow_assignment, flow_tracking
+from benchmarks.mgd_step import mgd_step
+from benchmarks.run import main
+
+CPU = Settings()
+
+
+def spend(milliseconds, result=1.0):
+    """A variant that takes so long by the clock of the test below."""
+    def run():
+        spend.now += milliseconds / 1e3
+        return {'result': result}
+    return Variant(run)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A process clock that only `spend` moves."""
+    spend.now = 0.0
+    monkeypatch.setattr('benchmarks.harness.time.process_time', lambda: spend.now)
+
+
+def case(*rows, **variants):
+    return Case(variants, list(rows))
+
+
+@pytest.mark.parametrize('metric, ratio', [('speed-up', 4.0), ('share', 0.25), ('overhead', -0.75)])
+def test_ratios(metric, ratio):
+    outcome, = measure(case(Row('a', 'b', ratio, metric), a=spend(2), b=spend(8)), CPU, rounds=3)
+    assert outcome.ours == pytest.approx([2] * 3) and outcome.baseline == pytest.approx([8] * 3)
+    assert outcome.ratios.tolist() == pytest.approx([ratio] * 3)
+
+
+def test_the_first_round_does_not_count():
+    durations = itertools.chain([1000.0], itertools.repeat(2.0))
+
+    def slow_at_first():
+        return spend(next(durations)).run()
+    outcome, = measure(case(Row('a', 'b', 1), a=Variant(slow_at_first), b=spend(2)), CPU, rounds=4)
+    assert outcome.ours == pytest.approx([2] * 4)
+
+
+@pytest.mark.parametrize('metric, goal, reached', [('speed-up', 3.9, True), ('speed-up', 4.1, False),
+                                                   ('share', 0.26, True), ('share', 0.24, False)])
+def test_goals(metric, goal, reached):
+    outcome, = measure(case(Row('a', 'b', goal, metric), a=spend(2), b=spend(8)), CPU, rounds=1)
+    assert outcome.reached == reached
+
+
+@pytest.mark.parametrize('result', [1.001, math.nan, torch.tensor([1.0, 2.0])])
+def test_other_results_are_no_faster_way_to_the_same(result):
+    with pytest.raises(Mismatch, match='a: result differs'):
+        measure(case(Row('a', 'b', 1, tolerance=1e-4), a=spend(1, result), b=spend(2)), CPU, rounds=1)
+
+
+@pytest.mark.parametrize('ours, goal, code', [(spend(1), 1.5, 0), (spend(1), 2.5, 1), (spend(1, 3.0), 1.5, 1)],
+                         ids=['reached', 'missed', 'mismatch'])
+def test_exit_code_and_record(tmp_path, capsys, ours, goal, code):
+    cases = {'some': lambda settings: case(Row('a', 'b', goal), a=ours, b=spend(2))}
+    assert main(cases, ['--rounds', '2', '--output', str(tmp_path)]) == code
+    record = json.loads((tmp_path / 'bench.json').read_text())
+    assert [row['ratio'] for row in record['rows']] == pytest.approx([2.0] if ours.run()['result'] == 1 else [])
+    assert ('MISMATCH' in capsys.readouterr().out) == (ours.run()['result'] != 1)
+
+
+def test_unknown_cases_are_refused():
+    with pytest.raises(SystemExit):
+        main(CASES, ['nonsense'])
+
+
+def test_a_missing_peer_is_said(tmp_path):
+    skipped = flow_assignment(CPU._replace(peers=tmp_path), sc=2).skipped
+    assert 'KaiyuYue/mgd' in skipped[0]
+
+
+@pytest.mark.parametrize('small', [
+    lambda: flow_tracking(CPU, stages=((4, 8, 20), (6, 12, 3)), batch=2),
+    lambda: flow_assignment(CPU, sc=8),
+    lambda: mgd_step(CPU, teacher='resnet18', student='shufflenet_v2_x0_5', size=64, batch=4),
+], ids=['tracking', 'assignment', 'step'])
+def test_cases_find_equal_results(small):
+    assert len(measure(small(), CPU, rounds=1)) >= 1
+
+
+def test_the_peak_of_memory_sees_what_was_freed():
+    before = held(CPU.device)
+    torch.ones(64 << 20, dtype=torch.uint8)
+    assert peak(CPU.device) - before > 50e6
