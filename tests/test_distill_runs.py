@@ -40,8 +40,9 @@ def test_mgd_with_kd(distill, images, teacher, tmp_path):
     assert any('flow' in name for name in names) and any('margins' in name for name in names)
 
 
-@pytest.mark.parametrize('more', [['--distiller', 'mgd'], ['--distiller', 'kd', '--ema', 0.9, '--accum-steps', 2]],
-                         ids=['mgd', 'kd'])
+@pytest.mark.parametrize('more', [['--distiller', 'mgd'], ['--distiller', 'kd', '--ema', 0.9, '--accum-steps', 2],
+                                  ['--distiller', 'dml', 'crd', '--optimizer', 'dot', '--lr', 1e-3]],
+                         ids=['mgd', 'kd', 'dml'])
 def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_path, monkeypatch, more):
     whole = distill(*flags(images, teacher, tmp_path / 'whole', *more))
     genuine, count = main_distill.train_one_epoch.__globals__['seed_everything'], [0]
@@ -58,9 +59,11 @@ def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_
     rest = distill(*flags(images, teacher, tmp_path / 'parts', *more))
     assert rest.code == 0 and 'resumed from' in rest.out and 'teacher: top1' not in rest.out
     assert rest.out.count('mgd: stage') == (3 if 'mgd' in more else 0)  # of the second epoch alone
-    assert_same(rest.weights(), whole.weights())
+    for name in ['last.pth'] + ['teacher.pth'] * ('dml' in more):
+        assert_same(rest.weights(name), whole.weights(name))
     for a, b in zip(rest.log(), whole.log(), strict=True):
         assert a['valid'] == b['valid'] and a['news'].keys() == b['news'].keys()
+        assert a.get('teacher') == b.get('teacher') and ('teacher' in a) == ('dml' in more)
 
 
 def test_the_teacher_is_part_of_the_run(distill, images, teacher, tmp_path):
