@@ -1,6 +1,7 @@
 """What there is to measure: name -> function from Settings to a Case, one line each."""
 from .features import mv2_features
 from .memory import memory
+from .methods import methods
 from .mgd_flow import flow_assignment, flow_tracking
 from .mgd_step import mgd_overhead, mgd_step
 
@@ -11,4 +12,5 @@ CASES = {
     'flow-tracking': flow_tracking,
     'flow-assignment': flow_assignment,
     'memory': memory,
+    'methods': methods,
 }

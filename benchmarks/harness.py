@@ -5,8 +5,9 @@ rounds of the ratio within a round.
 """
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ METRICS = {
     'speed-up': (lambda ours, baseline: baseline / ours, True),
     'share': (lambda ours, baseline: ours / baseline, False),
     'overhead': (lambda ours, baseline: ours / baseline - 1, False),
+    'cost': (lambda ours, baseline: ours / baseline, False),
 }
 
 
@@ -37,7 +39,7 @@ class Row(NamedTuple):
     """A variant against another one. Their results may differ by `tolerance` of the mean magnitude."""
     variant: str
     baseline: str
-    goal: float
+    goal: float | None  # None: reported, not judged
     metric: str = 'speed-up'
     tolerance: float = 1e-5
 
@@ -49,6 +51,7 @@ class Case(NamedTuple):
     limit: Callable[[], str] | None = None  # tells what no code of ours could get below, asked for at the end
     measures: bool = False  # run() returns (value, result) by itself, of something that noise does not touch
     skipped: tuple[str, ...] = ()  # lines about what could not be compared
+    facts: Mapping[str, dict] = MappingProxyType({})  # what else is told of a variant
 
 
 class Mismatch(Exception):
@@ -68,6 +71,8 @@ class Outcome(NamedTuple):
 
     @property
     def reached(self) -> bool:
+        if self.row.goal is None:
+            return True
         ratio, more_is_better = np.median(self.ratios), METRICS[self.row.metric][1]
         return bool(ratio >= self.row.goal if more_is_better else ratio <= self.row.goal)
 

@@ -25,11 +25,7 @@ def ingredients(settings: Settings, teacher: str, student: str, size: int, batch
     teacher, student = create_model(teacher).to(device), create_model(student).to(device)
     images = torch.randn(batch, 3, size, size).to(device)
     data = Batch(images, torch.randint(1000, (batch,)).to(device), torch.arange(batch), torch.full((batch,), -1))
-    for module in teacher.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # statistics of this batch, so that the features are of a usual size
-    with torch.no_grad():
-        teacher(images)
+    settle(teacher, images)
     method = MGD(student, teacher.eval().requires_grad_(False)).to(device)
     for stage in method.stages:
         drawn = torch.randperm(stage.margins.numel())[:stage.flow.numel()]
@@ -37,18 +33,34 @@ def ingredients(settings: Settings, teacher: str, student: str, size: int, batch
     return student, teacher, method, data
 
 
+@torch.no_grad()
+def settle(network, images):
+    """Give its norms the statistics of these images, so that its features are of a usual size."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    network(images)
+
+
 def our_step(settings: Settings, sizes: dict, channels_last=False, amp='off', distil=True):
     student, teacher, method, batch = ingredients(settings, **sizes)
-    args = SimpleNamespace(channels_last=channels_last, compile=False, amp=amp, no_bias_decay=False, optimizer='sgd',
-                           lr=1e-4, momentum=0.9, nesterov=False, weight_decay=1e-4)
+    args = arguments(channels_last, amp)
     student, teacher = (place(network, settings.device, args) for network in (student, teacher))
     if channels_last:
         batch = batch._replace(images=batch.images.to(memory_format=torch.channels_last))
-    task = Distillation(student, teacher, {'mgd': method} if distil else {})
+    return training_step(Distillation(student, teacher, {'mgd': method} if distil else {}), batch, args)
+
+
+def arguments(channels_last=False, amp='off') -> SimpleNamespace:
+    return SimpleNamespace(channels_last=channels_last, compile=False, amp=amp, no_bias_decay=False, optimizer='sgd',
+                           lr=1e-4, momentum=0.9, nesterov=False, weight_decay=1e-4)
+
+
+def training_step(task: Distillation, batch: Batch, args):
     optimizer = make_optimizer(task, args)
 
     def run():
-        with precision(settings.device, args):
+        with precision(batch.images.device, args):
             _, losses = task(batch)
             total = sum(losses.values())
             total.backward()

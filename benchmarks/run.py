@@ -74,13 +74,16 @@ def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
         row, ratios = outcome.row, outcome.ratios
         low, median, high = np.percentile(ratios, (25, 50, 75))
         ours, baseline = np.median(outcome.ours), np.median(outcome.baseline)
-        sign = '>=' if METRICS[row.metric][1] else '<='
+        facts = case.facts.get(row.variant, {})
+        goal, verdict = '', ', '.join(f'{key}: {value}' for key, value in facts.items())
+        if row.goal is not None:
+            goal = f'{">=" if METRICS[row.metric][1] else "<="} {row.goal}'
+            verdict = 'ok' if outcome.reached else 'MISSED'
         print(LINE.format(name, row.variant, row.baseline, outcome.precision, f'{ours:.0f}', f'{baseline:.0f}',
-                          case.unit, row.metric, f'{median:.2f}', f'{low:.2f} .. {high:.2f}', f'{sign} {row.goal}',
-                          'ok' if outcome.reached else 'MISSED'))
+                          case.unit, row.metric, f'{median:.2f}', f'{low:.2f} .. {high:.2f}', goal, verdict))
         records.append({'case': name, **row._asdict(), 'precision': outcome.precision, 'unit': case.unit,
                         'ours': outcome.ours, 'against': outcome.baseline, 'error': outcome.error, 'ratio': median,
-                        'quartiles': [low, high], 'reached': outcome.reached, 'limit': limit})
+                        'quartiles': [low, high], 'reached': outcome.reached, 'limit': limit, **facts})
     measured = {outcome.row for outcome in outcomes}
     for row in case.rows:
         if row not in measured and row.variant in case.variants and row.baseline in case.variants:
@@ -125,7 +128,8 @@ def write(folder: Path, facts: dict, records: list[dict]):
     figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(records)), layout='constrained')
     places = range(len(records))
     axes.barh(places, [r['ratio'] for r in records], color=['tab:blue' if r['reached'] else 'tab:red' for r in records])
-    axes.vlines([r['goal'] for r in records], [p - 0.45 for p in places], [p + 0.45 for p in places], color='black')
+    goals = np.array([r['goal'] for r in records], float)  # None becomes NaN, which is not drawn
+    axes.vlines(goals, [p - 0.45 for p in places], [p + 0.45 for p in places], color='black')
     axes.set_yticks(places, [f'{r["case"]}: {r["variant"]} / {r["baseline"]} ({r["metric"]})' for r in records])
     axes.invert_yaxis()
     axes.set_title(f'{facts["device"]}; black: goal')

@@ -16,6 +16,8 @@ class AB(Distiller):
     the shapes are equal. Published as a first stage of 30 epochs: let it run with --ce-weight 0, then main_base.py on
     what comes out.
 
+    Defaults: RepDistiller, CIFAR-100.
+
     margin: how far from 0 a neuron has to be
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size

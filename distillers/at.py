@@ -12,6 +12,8 @@ class AT(Distiller):
 
     a is taken over the pixels of an image; of two maps the larger is averaged down to the smaller.
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     p: power of the activations, at least 1
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size

@@ -10,20 +10,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Features
+from utils import distributed
 from utils.args import switch
 
 
 class Distiller(nn.Module):
     """A method: `__init__(self, student, teacher, *, ...)` and `forward`.
 
-    The keyword-only arguments are its hyper-parameters, each with a line `name: text` in the class docstring. The
-    networks are there to be read (channels, norms, weights, all loaded by then) and are not kept. What the method has
-    to remember is a buffer, what it trains a submodule.
+    The keyword-only arguments are its hyper-parameters, each with a line `name: text` in the class docstring; a line
+    `Defaults: text` says where their defaults are from. The networks are there to be read (channels, norms, weights,
+    all loaded by then) and are not kept. What the method has to remember is a buffer, what it trains a submodule.
     """
 
     default_ce_weight = 1.0  # of the cross entropy beside it, where it runs alone
     trains_teacher = False  # whether the second network learns, too
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
+    teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
     def forward(self, s: Features, t: Features, batch) -> dict[str, torch.Tensor]:
@@ -71,10 +73,11 @@ class Distillation(nn.Module):
         if ce_weight is None:
             ce_weight = next(iter(methods)).default_ce_weight if len(distillers) == 1 else 1.0
         self.ce_weight, self.label_smoothing, self.standardize = ce_weight, label_smoothing, standardize
+        self.cache = None  # a TeacherCache, to ask in place of the teacher
 
     def forward(self, batch):
         with torch.set_grad_enabled(self.trains_teacher), by_the_batch(self.teacher, self.batch_statistics):
-            t = self.teacher(batch.images, features=True)
+            t = self.cache(batch) if self.cache else self.teacher(batch.images, features=True)
         own = self.student(batch.images, features=True)
         s = adapt(self.distillers.values(), own)
         logits = s.logits
@@ -91,6 +94,10 @@ class Distillation(nn.Module):
     def cross_entropy(self, logits, batch) -> torch.Tensor:
         return self.ce_weight * F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)
 
+    def read_of_teacher(self) -> set[str]:
+        """The fields of its features, where all distillers tell theirs."""
+        return set().union(*(d.teacher_reads for d in self.distillers.values()), {'logits'} if self.standardize else ())
+
     def shipped(self) -> nn.Module:
         """What is evaluated and given away: the student, with the methods that it predicts through."""
         through = {name: distiller for name, distiller in self.distillers.items() if adapts(type(distiller))}
@@ -102,8 +109,11 @@ class Distillation(nn.Module):
 
     def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]]:
         """Let the distillers prepare for an epoch, counted from 1; batches() iterates over what forward gets."""
-        for distiller in self.distillers.values():
-            distiller.start_epoch(epoch, lambda: self.pairs(batches()))
+        for name, distiller in self.distillers.items():
+            try:
+                distiller.start_epoch(epoch, lambda: self.pairs(batches()))
+            except ValueError as error:  # features to which a method has no answer
+                distributed.stop(f'{name}: {error}')
         return {name: distiller.report for name, distiller in self.distillers.items() if distiller.report}
 
     @torch.no_grad()
@@ -192,9 +202,19 @@ def positive(**values: float):
 
 def hyper_parameters(method: type[Distiller]) -> dict[str, tuple[inspect.Parameter, str]]:
     """name: (parameter, text of its docstring line)."""
-    texts = dict(re.findall(r'^ *(\w+): (.+)$', inspect.getdoc(method), re.MULTILINE))
+    texts = notes(method)
     parameters = inspect.signature(method).parameters.values()
     return {p.name: (p, texts[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def notes(method: type[Distiller]) -> dict[str, str]:
+    """The lines `word: text` of the docstring."""
+    return dict(re.findall(r'^ *(\w+): (.+)$', inspect.getdoc(method), re.MULTILINE))
+
+
+def first_line(documented) -> str:
+    """Of a method's class, what it wants; of its module, the paper."""
+    return inspect.getdoc(documented).partition('\n')[0]
 
 
 def options(parameter: inspect.Parameter) -> dict:
@@ -216,7 +236,7 @@ def flag(name: str, key: str) -> str:
 def add_flags(parser, table: dict[str, type[Distiller]]):
     """--NAME-HYPER-PARAMETER for each of each method in the table."""
     for name, method in table.items():
-        group = parser.add_argument_group(f'--distiller {name}', inspect.getdoc(method).partition('\n')[0])
+        group = parser.add_argument_group(f'--distiller {name}', first_line(method))
         for key, (parameter, text) in hyper_parameters(method).items():
             group.add_argument(flag(name, key), default=parameter.default, help=text, **options(parameter))
 
@@ -228,11 +248,11 @@ def from_flags(table: dict[str, type[Distiller]], names: list[str], args, studen
 
 
 def describe(table: dict[str, type[Distiller]]) -> str:
-    """Each method's paper, first sentence, and flags with their defaults."""
+    """Each method's paper, first sentence, and flags with their defaults and where these are from."""
     lines = []
     for name, method in table.items():
-        paper, first = (inspect.getdoc(x).partition('\n')[0] for x in (inspect.getmodule(method), method))
-        lines += [f'{name}: {paper}', f'    {first}']
+        lines += [f'{name}: {first_line(inspect.getmodule(method))}', f'    {first_line(method)}']
+        lines.append(f'    Defaults: {notes(method)["Defaults"]}')
         for key, (parameter, text) in hyper_parameters(method).items():
             default = '' if parameter.default == () else f' {parameter.default}'
             lines.append(f'    {flag(name, key)}{default}   {text}')

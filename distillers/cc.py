@@ -13,10 +13,14 @@ class CC(Distiller):
 
     The products of neighbours are what the published benchmarks run; the paper compares kernels of all pairs.
 
+    Defaults: RepDistiller, CIFAR-100.
+
     feat_dim: length of the embeddings
     weight: factor of the loss
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
+
+    teacher_reads = ('pooled',)
 
     def __init__(self, student, teacher, *, feat_dim=128, weight=0.02, local=False):
         super().__init__()

@@ -26,6 +26,8 @@ class CRD(Distiller):
     are taken with all of them, and those of the drawn are picked. That needs 130 MB for 64 samples of CIFAR, where to
     pick first would need 1 GB, and 3 GB for 256 of ImageNet.
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     negatives: K, drawn with replacement from the samples of other classes
     tau: temperature of the similarities
     momentum: share of the old in the new memory
@@ -33,6 +35,8 @@ class CRD(Distiller):
     mode: what the positive is; exact: the sample itself; relax: any of its class
     weight: factor of the loss
     """
+
+    teacher_reads = ('pooled',)
 
     def __init__(self, student, teacher, *, negatives=16384, tau=0.07, momentum=0.5, feat_dim=128,
                  mode: Literal['exact', 'relax'] = 'exact', weight=0.8):

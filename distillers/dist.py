@@ -10,12 +10,16 @@ class DIST(Distiller):
         intra = 1 - mean_j corr(y_s[:, j], y_t[:, j])          images of one class
         L     = T^2 * (beta * inter + gamma * intra),   y = softmax(z / T)
 
+    Defaults: the paper's code, CIFAR-100.
+
     beta: factor of the inter-class relation
     gamma: factor of the intra-class relation
     temperature: T, of both softmaxes
     scale_t2: the factor T^2, which the released code has and the paper has not
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
+
+    teacher_reads = ('logits',)
 
     def __init__(self, student, teacher, *, beta=2.0, gamma=2.0, temperature=4.0, scale_t2=True, local=False):
         super().__init__()

@@ -16,11 +16,15 @@ class DKD(Distiller):
     Where labels are mixed, the target is the class with the largest share. Of two classes there is but one other, and
     NCKD is 0.
 
+    Defaults: mdistiller, resnet32x4 to resnet8x4.
+
     alpha: factor of TCKD, the target's part
     beta: factor of NCKD, the other classes' part
     temperature: T, of all softmaxes
     warmup: epochs over which the loss grows to its full weight
     """
+
+    teacher_reads = ('logits',)
 
     def __init__(self, student, teacher, *, alpha=1.0, beta=8.0, temperature=4.0, warmup=20):
         super().__init__()

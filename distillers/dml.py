@@ -14,6 +14,8 @@ class DML(Distiller):
     The "teacher" learns the labels, too, and starts from random weights. Both learn from the predictions of one forward
     pass and move in one step; the paper lets the second look at the first again after its step.
 
+    Defaults: the paper.
+
     weight_s: factor of what the student learns from the teacher
     weight_t: factor of what the teacher learns from the student
     """

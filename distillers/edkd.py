@@ -11,12 +11,16 @@ class EDKD(Distiller):
         L = min(epoch / warmup, 1) * mean_b (TCKD + beta * NCKD),   beta = beta_max * exp(m - 1)
         m = max(p_t[y], 1 - p_t[y]),   p_t = softmax(z_t / T)
 
+    Defaults: its code, but beta by sample.
+
     beta: factor of the other classes' part, each sample's own or, as released, the mean over the batch
     beta_max: the largest factor of the other classes' part
     confidence: m, the larger of the probabilities for and against the target, or that of the target itself
     temperature: T, of all softmaxes
     warmup: epochs over which the loss grows to its full weight
     """
+
+    teacher_reads = ('logits',)
 
     def __init__(self, student, teacher, *, beta: Literal['sample', 'batch'] = 'sample', beta_max=8.0,
                  confidence: Literal['max', 'target'] = 'max', temperature=4.0, warmup=20):

@@ -22,6 +22,8 @@ class ExpKD(Distiller):
     and p hardly differs from uniform, so the weight has to be tuned to the pair: published are 0.5 to 50000. A loss of
     a tenth of the cross entropy up to all of it, in the first epoch, is a good start.
 
+    Defaults: its code, but for the weight, which has to be tuned.
+
     weight: factor of the loss, to be tuned
     temperature: T, of both softmaxes
     topk: keep only this many classes, the teacher's likeliest for each image; 0: all

@@ -14,6 +14,8 @@ class FitNet(Distiller):
     from any other size it is 1x1, after the larger of both is averaged down to the smaller. For the paper's two steps,
     let this run with --ce-weight 0, and then another method on the student that comes out (--student-resume).
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     stage: the student's stage that gets a hint, 1 is the first after the stem; the pairing tells the teacher's
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size

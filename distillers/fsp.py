@@ -17,6 +17,8 @@ class FSP(Distiller):
     networks do not show their stems. Published as a first stage of 30 epochs: let it run with --ce-weight 0, then
     main_base.py on what comes out.
 
+    Defaults: RepDistiller, CIFAR-100.
+
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size
     """

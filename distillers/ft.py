@@ -19,6 +19,8 @@ class FT(Distiller):
 
     Before the first epoch the auto-encoder (the paraphraser) learns from training images; then it is frozen.
 
+    Defaults: RepDistiller, CIFAR-100.
+
     weight: factor of the loss
     k: channels of a factor per channel of the teacher's map
     paraphraser_epochs: how often the paraphraser sees the --pair-images

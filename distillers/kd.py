@@ -9,10 +9,13 @@ class KD(Distiller):
 
         L = weight * T^2 * mean_b KL(p_t || p_s),   p = softmax(z / T)
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     temperature: T, of both softmaxes
     weight: factor of the loss
     """
 
+    teacher_reads = ('logits',)
     default_ce_weight = 0.1
 
     def __init__(self, student, teacher, *, temperature=4.0, weight=0.9):

@@ -22,6 +22,8 @@ class KDSVD(Distiller):
     Of the student's k + 3, each of the teacher's is met by the one of largest |cosine|, with the sign that fits; the
     teacher's sign, arbitrary too, is that its largest entry is positive.
 
+    Defaults: RepDistiller, CIFAR-100.
+
     k: number of singular vectors
     form: matrix of a map: channel [H * W, C], for equal channels; width [C * H, W], for maps of equal width
     weight: factor of the loss

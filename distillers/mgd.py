@@ -30,16 +30,19 @@ class MGD(Distiller):
 
     Stages are paired from the deepest on, as long as the maps have equal sizes; the shallow rest is ignored.
 
+    Defaults: the paper's code, ImageNet, but remainders are assigned.
+
     reducer: g channels to one: amp: largest absolute value; sp: largest; rd: random; sm: none, match one to one
     update_freq: epochs between two updates of the flow
     loss_factor: divisor of the loss
     stage_factors: of the paired stages, deepest last (default: 1 for the deepest, half as much for each before it)
     remainder: teacher channels that do not divide: assign the best g of all, or cut the last ones off as published
+    norm: of the student's maps: by the batch, or (detection, whose batches are small) in 32 groups of channels
     """
 
     def __init__(self, student, teacher, *, reducer: Literal['amp', 'sp', 'rd', 'sm'] = 'amp', update_freq=1,
                  loss_factor=1e4, stage_factors: tuple[float, ...] = (),
-                 remainder: Literal['assign', 'cut'] = 'assign'):
+                 remainder: Literal['assign', 'cut'] = 'assign', norm: Literal['bn', 'gn'] = 'bn'):
         super().__init__()
         positive(update_freq=update_freq, loss_factor=loss_factor)
         self.reduce, self.update_freq, self.loss_factor = REDUCERS[reducer], update_freq, loss_factor
@@ -51,7 +54,7 @@ class MGD(Distiller):
             sc, tc = shapes_s[i][0], shapes_t[j][0]
             g = 1 if reducer == 'sm' else tc // sc
             candidates = g * sc if remainder == 'cut' and reducer != 'sm' else tc
-            self.stages.append(Stage(sc, tc, g, candidates, teacher.feature_norms[j]))
+            self.stages.append(Stage(sc, tc, g, candidates, teacher.feature_norms[j], norm))
         n = len(self.stages)
         self.stage_factors = stage_factors or [0.5 ** (n - 1 - i) for i in range(n)]
         if len(self.stage_factors) != n:
@@ -76,7 +79,7 @@ class MGD(Distiller):
             count += len(s.logits)
             for track, (i, j) in zip(tracks, self.pairing):
                 track.add(s.preact[i], t.preact[j])
-        count, = distributed.agree(count)
+        count = distributed.total(self.updated.new_tensor(count)).item()
         if not count:
             raise ValueError('there are no images to match the channels by')
         self.report = [{'stage': i} | stage.update(track, count, first=not last)
@@ -105,10 +108,10 @@ def pair(shapes_s, shapes_t) -> list[tuple[int, int]]:
 class Stage(nn.Module):
     """A pair of maps. flow[k, c] is the k-th of the g teacher channels of student channel c, in ascending order."""
 
-    def __init__(self, sc: int, tc: int, g: int, candidates: int, teacher_norm: nn.Module | None):
+    def __init__(self, sc: int, tc: int, g: int, candidates: int, teacher_norm: nn.Module | None, norm: str):
         super().__init__()
         self.candidates = candidates  # only the first of the teacher's channels, where the remainder is cut
-        self.norm = nn.BatchNorm2d(sc)
+        self.norm = nn.BatchNorm2d(sc) if norm == 'bn' else nn.GroupNorm(32, sc)
         self.tells_margins = tells_margins(teacher_norm)
         self.register_buffer('margins', margins_of(teacher_norm) if self.tells_margins else torch.zeros(tc))
         self.register_buffer('flow', torch.arange(g * sc).view(g, sc))
@@ -147,7 +150,7 @@ class Track:
     """Sums over the images of one update: cosines of all channels, and the teacher's negative values."""
 
     def __init__(self, stage: Stage):
-        sc, tc = stage.norm.num_features, len(stage.margins)
+        sc, tc = stage.flow.shape[1], len(stage.margins)
         self.cosines = stage.margins.new_zeros(sc, tc, dtype=torch.float64)  # so the order of the sum hardly matters
         self.negative = None if stage.tells_margins else stage.margins.new_zeros(2, tc, dtype=torch.float64)
 
@@ -268,7 +271,7 @@ def partial_l2(s: Tensor, t: Tensor) -> Tensor:
 def tells_margins(norm: nn.Module | None) -> bool:
     """Statistics that never moved belong to a norm folded into its convolution: its bias and weight mean nothing."""
     mean, var = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
-    return mean is not None and bool((mean != 0).any() or (var != 1).any())
+    return mean is not None and bool((mean != 0).any() or ((var - 1).abs() > 1e-4).any())
 
 
 @torch.no_grad()

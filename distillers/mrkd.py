@@ -19,12 +19,16 @@ class MRKD(Distiller):
     n: z-scores of a row. A row is a sample in z, a class in its transpose z'. K of equal logits is not 0, as tanh
     stays below 1.
 
+    Defaults: its code, MRKD.py.
+
     pearson: factor of the linear correlation P
     kendall: factor of the rank correlation K
     beta: slope of the smooth sign of a pair
     top: share of each row that forms pairs, those that the teacher ranks highest
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
+
+    teacher_reads = ('logits',)
 
     def __init__(self, student, teacher, *, pearson=16.0, kendall=32.0, beta=0.5, top=1.0, local=False):
         super().__init__()

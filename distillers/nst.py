@@ -15,6 +15,8 @@ class NST(Distiller):
     f is a channel's map of an image, of length 1, and the means go over all pairs of channels; of two maps the larger
     is averaged down to the smaller.
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size
     """

@@ -21,6 +21,8 @@ class OFD(Distiller):
     F_t is averaged to the size of F_s. A margin is the mean of a channel's negative values: the teacher's norm tells
     it, and where there is none, or it was folded into a convolution, it is measured before the first epoch.
 
+    Defaults: mdistiller, CIFAR-100, but the teacher's norms in eval mode.
+
     weight: factor of the loss
     teacher_bn: BatchNorms of the teacher: by their statistics, or as published by those of the batch
     pairing: stages by depth, deepest with deepest, or by equal size

@@ -13,9 +13,13 @@ class PKT(Distiller):
 
         L = weight * mean_ij P_t log (P_t / P_s),   P = (1 + cos(f_i, f_j)) / 2 with rows of sum 1,   f = pooled
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     weight: factor of the loss
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
+
+    teacher_reads = ('pooled',)
 
     def __init__(self, student, teacher, *, weight=30000.0, local=False):
         super().__init__()

@@ -16,6 +16,8 @@ class ReviewKD(Distiller):
     Levels are the stages, paired from the deepest on, and beyond them the pooled vector as a map of one pixel. The
     teacher's are taken before the last activation of a stage. Published weights are 0.6 to 8, by pair.
 
+    Defaults: the paper's code, resnet32x4 to resnet8x4.
+
     weight: factor of the loss
     warmup: epochs over which the loss grows to its full weight
     max_mid: most channels a level is fused in; as many as the student's pooled vector has if those are fewer
@@ -31,21 +33,23 @@ class ReviewKD(Distiller):
         self.pairing = stage_pairs(student, teacher)
         c_s, c_t = ([f.shape[1] for f in levels] for levels in self.levels(probe(student), probe(teacher)))
         mid = min(max_mid, c_s[-1])
-        self.fusions = nn.ModuleList(ABF(a, mid, b, deepest=i == len(self.pairing))
+        self.fusions = nn.ModuleList(ABF(a, mid, b, deepest=i == len(c_s) - 1)
                                      for i, (a, b) in enumerate(zip(c_s, c_t)))
 
     def levels(self, s, t) -> tuple[list[Tensor], list[Tensor]]:
-        """Shallow to deep."""
-        maps_s = s.preact if self.student_preact else s.maps
-        return ([*(maps_s[i] for i, _ in self.pairing), s.pooled[:, :, None, None]],
-                [*(t.preact[j] for _, j in self.pairing), t.pooled[:, :, None, None]])
+        """Shallow to deep; a detector has no pooled vector."""
+        levels_s = [(s.preact if self.student_preact else s.maps)[i] for i, _ in self.pairing]
+        levels_t = [t.preact[j] for _, j in self.pairing]
+        if s.pooled is not None:
+            levels_s, levels_t = ([*f, x.pooled[:, :, None, None]] for f, x in ((levels_s, s), (levels_t, t)))
+        return levels_s, levels_t
 
     def start_epoch(self, epoch, pairs):
         self.warm = min(epoch / self.warmup, 1.0)
 
     def forward(self, s, t, batch):
         levels_s, levels_t = self.levels(s, t)
-        if len(s.pooled) == 1:  # the norm after one pixel of one image has no variance: let the image count twice
+        if levels_s[-1][:, 0].numel() == 1:  # the norm of one pixel of one image has no variance: let it count twice
             levels_s, levels_t = ([f.expand(2, -1, -1, -1) for f in levels] for levels in (levels_s, levels_t))
         loss, review = 0.0, None
         for fuse, f_s, f_t in reversed(list(zip(self.fusions, levels_s, levels_t))):
@@ -78,7 +82,7 @@ def hcl(a: Tensor, b: Tensor) -> Tensor:
     """Hierarchical context loss: mean squared differences of the maps and of coarser and coarser means."""
     loss, total, share = F.mse_loss(a, b), 1.0, 1.0
     for size in (4, 2, 1):
-        if size < a.shape[2]:
+        if size < min(a.shape[2:]):
             share /= 2
             total += share
             loss = loss + share * F.mse_loss(F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size))

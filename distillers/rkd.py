@@ -16,10 +16,14 @@ class RKD(Distiller):
         L = distance * mean_ij h(d_s, d_t) + angle * mean_ijk h(a_s, a_t),   h: Huber loss
         d = |f_i - f_j| / mean over i != j,   a = cos of the angle at f_i between f_j and f_k
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     distance: factor of the distances
     angle: factor of the angles; 0 spares their N^3 products
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
+
+    teacher_reads = ('pooled',)
 
     def __init__(self, student, teacher, *, distance=25.0, angle=50.0, local=False):
         super().__init__()

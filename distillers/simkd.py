@@ -15,6 +15,8 @@ class SimKD(Distiller):
 
     The larger map is pooled to the smaller one, the student's ahead of P. Student, P and h_t are shipped together.
 
+    Defaults: the paper's code.
+
     weight: factor of the loss
     factor: P works in this many times fewer channels than the teacher's map has
     """

@@ -11,6 +11,8 @@ class SP(Distiller):
 
         L = weight / N^2 * ||G_s - G_t||^2,   G = f f' with rows of length 1,   f = the deepest maps as [N, C * H * W]
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     weight: factor of the loss
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """

@@ -13,6 +13,8 @@ class SRD(Distiller):
 
         L = feature_weight * MSE(mean_hw A(F_s), mean_hw F_t) + logit_weight * D(h_t(mean_hw A(F_s)), z_t)
 
+    Defaults: the paper's code.
+
     feat: what the connector has to hit: mean: of each channel, as published; full: the whole map
     logit: D: mse; dist: DIST's two relations of raw logits; kl: KD; pmse: mse of softmaxes
     feature_weight: factor of the feature term

@@ -14,6 +14,8 @@ class SRDwithDIST(Distiller):
 
     z' = h_t(mean_hw A(F_s)) with a connector A and the teacher's frozen classifier h_t.
 
+    Defaults: its code, WRN-40-4 to WRN-16-4.
+
     alpha: factor of the maps' distance
     inter: factor of the inter-class relation
     intra: factor of the intra-class relation

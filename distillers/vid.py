@@ -19,6 +19,8 @@ class VID(Distiller):
     The mean goes over all elements, v is trained, one per teacher channel; of two maps the larger is averaged down to
     the smaller, before the regressor.
 
+    Defaults: RepDistiller and mdistiller, CIFAR-100.
+
     variance: v at the start
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size

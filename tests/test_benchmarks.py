@@ -9,9 +9,12 @@ import torch
 from benchmarks import CASES
 from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, measure
 from benchmarks.memory import held, peak
+from benchmarks.methods import methods
 from benchmarks.mgd_flow import flow_assignment, flow_tracking
 from benchmarks.mgd_step import mgd_step
 from benchmarks.run import main
+from benchmarks.table import markdown
+from distillers import DISTILLERS, Distiller
 
 CPU = Settings()
 
@@ -35,7 +38,8 @@ def case(*rows, **variants):
     return Case(variants, list(rows))
 
 
-@pytest.mark.parametrize('metric, ratio', [('speed-up', 4.0), ('share', 0.25), ('overhead', -0.75)])
+@pytest.mark.parametrize('metric, ratio', [('speed-up', 4.0), ('share', 0.25), ('overhead', -0.75),
+                                            ('cost', 0.25)])
 def test_ratios(metric, ratio):
     outcome, = measure(case(Row('a', 'b', ratio, metric), a=spend(2), b=spend(8)), CPU, rounds=3)
     assert outcome.ours == pytest.approx([2] * 3) and outcome.baseline == pytest.approx([8] * 3)
@@ -64,8 +68,9 @@ def test_other_results_are_no_faster_way_to_the_same(result):
         measure(case(Row('a', 'b', 1, tolerance=1e-4), a=spend(1, result), b=spend(2)), CPU, rounds=1)
 
 
-@pytest.mark.parametrize('ours, goal, code', [(spend(1), 1.5, 0), (spend(1), 2.5, 1), (spend(1, 3.0), 1.5, 1)],
-                         ids=['reached', 'missed', 'mismatch'])
+@pytest.mark.parametrize('ours, goal, code', [(spend(1), 1.5, 0), (spend(1), 2.5, 1), (spend(1), None, 0),
+                                              (spend(1, 3.0), 1.5, 1)],
+                         ids=['reached', 'missed', 'not judged', 'mismatch'])
 def test_exit_code_and_record(tmp_path, capsys, ours, goal, code):
     cases = {'some': lambda settings: case(Row('a', 'b', goal), a=ours, b=spend(2))}
     assert main(cases, ['--rounds', '2', '--output', str(tmp_path)]) == code
@@ -97,3 +102,37 @@ def test_the_peak_of_memory_sees_what_was_freed():
     before = held(CPU.device)
     torch.ones(64 << 20, dtype=torch.uint8)
     assert peak(CPU.device) - before > 50e6
+
+
+class Reader(Distiller):
+    """Looks at some features; of others it only asks the size."""
+
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, s, t, batch):
+        with torch.no_grad():
+            taught = sum(f.mean() for f in t.maps) * self.scale.sum()
+        return {'a': s.maps[0].mean() * len(t.logits), 'b': (s.maps[-1].mean() + s.pooled.mean() - taught).square()}
+
+
+def test_methods_are_measured_and_described(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('benchmarks.harness.time.process_time', itertools.count().__next__)  # a second per step
+
+    def small(settings):
+        table = {name: DISTILLERS[name] for name in ('kd', 'srd', 'mgd', 'fsp')} | {'reader': Reader}
+        return methods(settings, table, student='resnet8', teacher='resnet8x4', batch=4)
+
+    assert main({'methods': small}, ['--rounds', '1', '--output', str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert 'skipped: fsp: paired stages have' in printed and 'MISSED' not in printed
+    rows = {row['variant']: row for row in json.loads((tmp_path / 'bench.json').read_text())['rows']}
+    assert {name: (row['features'], row['parameters']) for name, row in rows.items()} == {
+        'kd': ('logits', 0),
+        'srd': ('student: head; teacher: pooled', 64 * 256 + 2 * 256),
+        'mgd': ('stages before activation', 2 * (16 + 32 + 64)),
+        'reader': ('student: pooled, stage 1, last stage; teacher: stages', 3),
+    }
+    kd = markdown([rows['kd']]).splitlines()[-1].split(' | ')
+    assert kd[0] == '| `kd`' and kd[1].startswith('Distilling the Knowledge') and kd[2:5] == ['logits', '0', '1.00']

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import zoo
 from conftest import assert_same
 from torch import nn
+from torch.nn.parallel.scatter_gather import gather
 
 from distillers import DISTILLERS, Distillation, Distiller, add_flags, drop_foreign, from_flags
 from distillers.base import evaluating, hyper_parameters, probe
@@ -169,6 +170,15 @@ def test_student_may_be_wrapped(networks):
     assert torch.equal(logits, expected[0]) and losses['mgd'].item() == expected[1]['mgd'].item()
 
 
+def test_features_of_several_gpus_are_those_of_the_whole_batch(networks, monkeypatch):
+    student, images = networks[0].eval(), make_batch(n=3).images
+    monkeypatch.setattr('torch.nn.parallel._functions.Gather.apply', lambda device, dim, *parts: torch.cat(parts, dim))
+    gathered = gather([student(part, features=True) for part in images.split([2, 1])], 'cpu')
+    whole = student(images, features=True)
+    assert type(gathered) is Features and type(gathered.maps) is list
+    torch.testing.assert_close(gathered, whole, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize('names, asked, expected', [
     (['kd'], None, 0.1), (['mgd'], None, 1.0), (['mgd', 'kd'], None, 1.0), (['kd'], 0.5, 0.5), (['mgd', 'kd'], 0.0, 0),
 ])
@@ -195,6 +205,15 @@ def test_pairs_are_of_eval_mode_and_without_gradient(networks):
         for seed, (s, t) in enumerate(pairs):
             assert not s.logits.requires_grad and torch.equal(s.logits, student(make_batch(seed).images))
             assert torch.equal(t.logits, teacher(make_batch(seed).images))
+
+
+def test_what_a_method_cannot_begin_with_is_one_line(networks, capsys):
+    class Picky(Recorder):
+        def start_epoch(self, epoch, pairs):
+            raise ValueError('there is nothing to see')
+    with pytest.raises(SystemExit) as stop:
+        Distillation(*networks, {'picky': Picky(*networks)}).start_epoch(1, list)
+    assert stop.value.code == 1 and capsys.readouterr().err == 'error: picky: there is nothing to see\n'
 
 
 def test_probe_leaves_no_trace(networks):

@@ -168,7 +168,7 @@ def test_all_of_them_together():
 @pytest.mark.parametrize('name', DISTILLERS)
 def test_it_is_described(name):
     text = describe({name: DISTILLERS[name]})
-    assert text.startswith(f'{name}: ') and text.count('\n') == 1 + len(hyper_parameters(DISTILLERS[name]))
+    assert text.startswith(f'{name}: ') and text.count('\n') == 2 + len(hyper_parameters(DISTILLERS[name]))
 
 
 @pytest.mark.parametrize('name', DISTILLERS)
