@@ -7,13 +7,18 @@ Runs whose folders are called the same but for a number behind a dash are one wa
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.ticker import MaxNLocator
 from plot import STYLE, plt, read_log, refuse, series
 
-FREE = {'seed', 'output', 'workers', 'print_freq'}  # arguments that runs of one way may differ in
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.args import NEUTRAL
+
+FREE = NEUTRAL | {'seed'}  # arguments that runs of one way may differ in
 COLOURS = ('0.15', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9')  # told apart with any kind of eyes
 
 
