@@ -28,7 +28,7 @@ def worker(args, device):
     run = Run(args, device)
 
     # data
-    train, valid, classes = load_data(args, run.seed)
+    train, valid, classes = load_data(args, run.seed, device)
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 

@@ -8,10 +8,11 @@ import sys
 import torch
 
 from distillers import DISTILLERS, Distillation, adapts, add_flags, describe, drop_foreign, from_flags
+from distillers.cache import TeacherCache
 from main_base import build, load_evaluated
 from models import NETWORKS
 from utils import checkpoint, distributed, setup
-from utils.args import base_parser, check, count, nonnegative, switch
+from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
 from utils.engine import evaluate, train_one_epoch
 from utils.optim import make_ema, make_optimizer, total_epochs
@@ -30,6 +31,10 @@ def main():
     g.add_argument('--logit-standardize', **on, help='methods see the z-scores of each logit vector (LSKD)')
     g.add_argument('--pair-images', type=count, default=20000, metavar='N',
                    help='training images that a method may look at with both networks before an epoch')
+    g.add_argument('--cache-teacher', choices=('off', 'lazy', 'full'), default='off',
+                   help="keep the teacher's logits (and pooled features, if needed) of all 162 views of each CIFAR "
+                        'image, in float16: as they come up, or all of them before the first epoch')
+    g.add_argument('--cache-dir', metavar='DIR', help='keep them in files there, too, which runs share')
     g.add_argument('--skip-first-evaluation', action='store_true', help='do not score both networks at the start')
     g.add_argument('--list-distillers', action='store_true', help='print every method with its paper and flags')
     add_flags(parser, DISTILLERS)
@@ -47,6 +52,14 @@ def main():
         args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
     if idle := drop_foreign(DISTILLERS, args.distiller, args):
         parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
+    if args.cache_dir and args.cache_teacher == 'off':
+        parser.error('--cache-dir needs --cache-teacher lazy or full')
+    if args.cache_teacher != 'off':
+        if beyond := beyond_crop_and_flip(args) or ('--mixup, --cutmix' if args.mixup or args.cutmix else ''):
+            parser.error(f'--cache-teacher knows CIFAR images of 32 pixels, cropped and flipped, no more: {beyond}')
+        if needy := [name for name in args.distiller if DISTILLERS[name].teacher_reads is None]:
+            parser.error("--cache-teacher keeps a frozen teacher's logits and pooled features, but more is read by "
+                         f'--distiller {" ".join(needy)}')
     distributed.launch(worker, args)
 
 
@@ -55,7 +68,7 @@ def worker(args, device):
     run = Run(args, device)
 
     # data
-    train, valid, classes = load_data(args, run.seed)
+    train, valid, classes = load_data(args, run.seed, device)
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
@@ -85,10 +98,12 @@ def worker(args, device):
     names = [name for name in args.distiller if adapts(DISTILLERS[name]) or not args.evaluate]
     try:
         distillers = from_flags(DISTILLERS, names, args, student, teacher)
-    except ValueError as error:  # a pair that a method cannot work with
+        distillation = Distillation(student, distributed.replicated(teacher, device, args), distillers, args.ce_weight,
+                                    args.label_smoothing, args.logit_standardize).to(device)
+        if train:
+            distillation.know(torch.tensor(train.images.source.targets, device=device))
+    except ValueError as error:  # a pair, or data, that a method cannot work with
         sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
-    distillation = Distillation(student, distributed.replicated(teacher, device, args), distillers, args.ce_weight,
-                                args.label_smoothing, args.logit_standardize).to(device)
     network = distillation.shipped()
 
     both = {'student': distributed.replicated(network, device, args),
@@ -99,7 +114,11 @@ def worker(args, device):
         return
 
     # what trains them
-    distillation.know(torch.tensor(train.images.source.targets, device=device))
+    if args.cache_teacher != 'off':
+        distillation.cache = TeacherCache(distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(),
+                                          train, prepare, device, args)
+        prepare_mixed = distillation.cache.prepare
+        distributed.say(f'teacher cache: {distillation.cache}')
     ema = make_ema(network, args)
     task = distributed.wrap(distillation, device, args)
     optimizer = make_optimizer(task, args)
@@ -110,12 +129,17 @@ def worker(args, device):
     if not (args.skip_first_evaluation or run.progress['epoch'] or run.progress['sample']):
         run.report(evaluate(both, valid, prepare, device, args), 'start.json')
 
+    if args.cache_teacher == 'full' and not distillation.cache.fill():
+        run.interrupt()
+
     # epochs
     while run.progress['epoch'] < total_epochs(args):
         def look(epoch=run.progress['epoch']):
             return map(prepare, train.sample(epoch, args.pair_images))
         run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
         train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
+        if distillation.cache:
+            distillation.cache.save()
         networks = both if distillation.trains_teacher else {}
         run.end_epoch(evaluate(networks | {'student': distributed.replicated(run.shipped(), device, args)}, valid,
                                prepare, device, args))

@@ -1,4 +1,6 @@
 """What there is to measure: name -> function from Settings to a Case, one line each."""
+from .cifar_data import cifar_data
+from .cifar_kd import cifar_kd
 from .features import mv2_features
 from .memory import memory
 from .methods import methods
@@ -13,4 +15,6 @@ CASES = {
     'flow-assignment': flow_assignment,
     'memory': memory,
     'methods': methods,
+    'cifar-kd': cifar_kd,
+    'cifar-data': cifar_data,
 }

@@ -1,9 +1,12 @@
-"""The baselines: matching guided distillation as one writes it down at first, with nothing but what PyTorch offers."""
+"""The baselines: each as one writes it down at first, with nothing but what PyTorch and torchvision offer."""
 import numpy as np
 import torch
 import torch.nn.functional as F
 from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 from torch import nn
+from torchvision.transforms import functional as pil
+
+from utils.data import STATISTICS
 
 
 class PlainMGD(nn.Module):
@@ -82,3 +85,38 @@ def restarted_features(network, x):
             at = F.relu6(layer(at))
         preacts.append(depthwise(at))
     return logits, preacts
+
+
+def plain_kd_step(student, teacher, batch, temperature=4.0):
+    """A training step of KD in float32."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    criterion, T = nn.CrossEntropyLoss(), temperature
+
+    def run():
+        with torch.no_grad():
+            t = teacher(batch.images)
+        s = student(batch.images)
+        softened = F.kl_div(F.log_softmax(s / T, dim=1), F.softmax(t / T, dim=1), reduction='batchmean')
+        total = 0.1 * criterion(s, batch.target) + 0.9 * T**2 * softened
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return {'loss': total}
+    return run
+
+
+def plain_views(pictures: list, index: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    """Crop, flip, ToTensor and Normalize of one PIL image after the other."""
+    images = []
+    for number, view in zip(index.tolist(), views.tolist()):
+        image = pil.crop(pil.pad(pictures[number], 4), view // 18, view // 2 % 9, 32, 32)
+        image = pil.to_tensor(pil.hflip(image) if view % 2 else image)
+        images.append(pil.normalize(image, *STATISTICS['cifar100']))
+    return torch.stack(images)
+
+
+def plain_negatives(targets: torch.Tensor, index: torch.Tensor, negatives: int) -> torch.Tensor:
+    """For each sample, some of other classes, without replacement."""
+    others = [np.flatnonzero(targets.numpy() != c) for c in range(int(targets.max()) + 1)]
+    return torch.stack([torch.from_numpy(np.random.choice(others[targets[i]], negatives, replace=False))
+                        for i in index.tolist()])

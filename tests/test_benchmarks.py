@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from benchmarks import CASES
+from benchmarks.cifar_data import cifar_data
+from benchmarks.cifar_kd import cifar_kd
 from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, measure
 from benchmarks.memory import held, peak
 from benchmarks.methods import methods
@@ -93,7 +95,9 @@ def test_a_missing_peer_is_said(tmp_path):
     lambda: flow_tracking(CPU, stages=((4, 8, 20), (6, 12, 3)), batch=2),
     lambda: flow_assignment(CPU, sc=8),
     lambda: mgd_step(CPU, teacher='resnet18', student='shufflenet_v2_x0_5', size=64, batch=4),
-], ids=['tracking', 'assignment', 'step'])
+    lambda: cifar_kd(CPU, teacher='resnet14', student='resnet8', batch=16, images=20),
+    lambda: cifar_data(CPU, images=20, batch=8, samples=300, negatives=7),
+], ids=['tracking', 'assignment', 'step', 'cifar step', 'cifar data'])
 def test_cases_find_equal_results(small):
     assert len(measure(small(), CPU, rounds=1)) >= 1
 

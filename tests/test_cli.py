@@ -46,7 +46,7 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     assert all(f'\n{group}:' in text for group in groups)
     assert '(default: 256)' in text and '(default: resnet18)' in text and 'None' not in text
     assert all(action.help for action in base_parser('')._actions)
-    assert set(vars(parse('--dummy'))) >= NEUTRAL
+    assert set(vars(parse('--dummy'))) >= NEUTRAL - {'cache_dir'}  # which is main_distill.py's
 
 
 @pytest.mark.parametrize('flags, complaint', [

@@ -82,7 +82,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(images):
 @pytest.mark.parametrize('workers', [0, 3])
 def test_workers_change_nothing(images, workers):
     args = arguments('--image-size', '32', '-j', str(workers))
-    train = data.TrainData(Images(Folder(images / 'train'), CropView(args, 5)), TrainOrder(39, 8, 1, 5, 0, 1), args)
+    loader = data.make_loader(Images(Folder(images / 'train'), CropView(args, 5)), TrainOrder(39, 8, 1, 5, 0, 1), args)
+    train = data.TrainData(loader)
     got = [batch for _, batches in train.updates(1, 8) for batch in batches]
     order = TrainOrder(39, 8, 1, 5, 0, 1)
     for batch, indices in zip(got, epoch_of(order, 1, 8), strict=True):
@@ -95,7 +96,8 @@ def test_a_sample_of_the_training_images_is_split_over_the_ranks_and_changes_wit
 
     def sample(rank, epoch):
         plain = data.make_loader(Images(source, CenterView(32)), EvalOrder([], 4, rank, 2), args)
-        train = data.TrainData(Images(source, CenterView(32)), TrainOrder(39, 8, 1, 5, rank, 2), args, plain)
+        loader = data.make_loader(Images(source, CenterView(32)), TrainOrder(39, 8, 1, 5, rank, 2), args)
+        train = data.TrainData(loader, plain)
         return [i for batch in train.sample(epoch, 21) for i in batch.index.tolist()]
     both = sample(0, 1) + sample(1, 1)
     assert len(both) == len(set(both)) == 21 and set(both) != set(sample(0, 2) + sample(1, 2))

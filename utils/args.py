@@ -5,7 +5,7 @@ import shlex
 # What may change between a run and its resume: it says where and how fast to run, not what to compute.
 NEUTRAL = {'workers', 'print_freq', 'resume', 'evaluate', 'overwrite', 'output', 'save_every', 'tensorboard', 'gpu',
            'world_size', 'rank', 'dist_url', 'dist_backend', 'dist_timeout', 'multiprocessing_distributed',
-           'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch'}
+           'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch', 'data_backend', 'cache_dir'}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -67,6 +67,9 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--dummy', action='store_true', help='made-up images in place of DIR, to benchmark or to check')
     g.add_argument('--dummy-images', type=count, default=1024, metavar='N',
                    help='training images of --dummy; a quarter as many to evaluate')
+    g.add_argument('--data-backend', choices=('auto', 'loader', 'device'), default='auto',
+                   help='who crops and flips: loader processes, or in batches the device, where the images live (CIFAR '
+                        'of 32 pixels without further augmentation of single images); the batches are the same')
     g.add_argument('-j', '--workers', type=natural, default=4, metavar='N', help='loader processes per rank')
     g.add_argument('--max-bad-images', type=natural, default=100, metavar='N',
                    help='unreadable training images of one epoch to replace before giving up')
@@ -169,5 +172,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:
         parser.error('--start-epoch lies behind the last epoch')
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
+    if args.data_backend == 'device' and (beyond := beyond_crop_and_flip(args)):
+        parser.error(f'--data-backend device crops and flips CIFAR images of 32 pixels, no more than that: {beyond}')
     args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
     return args
+
+
+def beyond_crop_and_flip(args: argparse.Namespace) -> str:
+    """What makes single images something else than CIFAR's, cropped and flipped; nothing if nothing does."""
+    reasons = {f'--dataset {args.dataset}': args.dataset == 'imagefolder',
+               f'--image-size {args.image_size}': args.image_size != 32,
+               f'--auto-augment {args.auto_augment}': args.auto_augment != 'off',
+               f'--random-erasing {args.random_erasing:g}': args.random_erasing}
+    return next((reason for reason, holds in reasons.items() if holds), '')

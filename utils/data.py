@@ -1,7 +1,7 @@
 """Images: where they come from, how they are augmented, and the loaders that bring them.
 
 A loader yields Batch: images are uint8 until Prepare has them on the device. Samples are asked for by (epoch, index),
-so the augmentation is a function of (seed, epoch, index) whichever process does it.
+so the augmentation is a function of (seed, epoch, index) whichever process does it, or the device itself.
 """
 import os
 import sys
@@ -20,8 +20,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from . import distributed, signals
+from .args import beyond_crop_and_flip
 from .order import EvalOrder, TrainOrder
 from .randomness import generator, seeded
+from .resident import CENTRE, Resident, view_number
 
 STATISTICS = {  # mean and std of the normalisation; four digits, as published teachers had them
     'imagefolder': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -36,6 +38,7 @@ class Batch(NamedTuple):
     index: torch.Tensor    # [N] numbers of the samples in their data set
     bad: torch.Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
     weight: float = 1.0    # of the mean over this batch in the update; 0 where it only keeps other ranks company
+    view: torch.Tensor | int = -1  # [N] numbers of the views (resident.py), -1 where they are not of those 162
 
 
 # Sources: len, classes, targets (class number of every sample), load(index) -> (PIL image, class number),
@@ -108,7 +111,7 @@ class Dummy:
         return Image.fromarray(noise), self.targets[index]
 
 
-# Views: (PIL image, epoch, index) -> uint8 tensor [3, size, size].
+# Views: (PIL image, epoch, index) -> uint8 tensor [3, size, size]; number(epoch, index) of one sample or several.
 
 def random_extras(args):
     """What may follow crop and flip: a policy, an erased rectangle (in the mean colour, which normalises to 0)."""
@@ -135,6 +138,9 @@ class CropView:
         with seeded(self.seed, 'view', epoch, index):
             return self.transform(image)
 
+    def number(self, epoch, index):
+        return -1
+
 
 class CenterView:
     """Shorter side to 256/224 of the size, then the centre."""
@@ -144,6 +150,9 @@ class CenterView:
 
     def __call__(self, image, epoch, index):
         return self.transform(image)
+
+    def number(self, epoch, index):
+        return -1
 
 
 @lru_cache(maxsize=2)
@@ -157,7 +166,7 @@ class ShiftView:
     """The CIFAR recipe: a crop out of the image padded with 4 zeros, flip."""
 
     def __init__(self, args, seed, length):
-        self.seed, self.length = seed, length
+        self.seed, self.length, self.numbered = seed, length, not beyond_crop_and_flip(args)
         self.resize = v2.Identity() if args.image_size == 32 else v2.Resize((args.image_size, args.image_size))
         extras = args.auto_augment != 'off' or args.random_erasing
         self.extras = random_extras(args) if extras else None
@@ -171,15 +180,21 @@ class ShiftView:
         with seeded(self.seed, 'view', epoch, index):
             return self.extras(image)
 
+    def number(self, epoch, index):
+        return view_number(shifts(self.seed, epoch, self.length)[index]) if self.numbered else -1
+
 
 class PlainView:
     """A CIFAR image as it is."""
 
     def __init__(self, size):
-        self.resize = v2.Identity() if size == 32 else v2.Resize((size, size))
+        self.size, self.resize = size, v2.Identity() if size == 32 else v2.Resize((size, size))
 
     def __call__(self, image, epoch, index):
         return self.resize(v2.functional.pil_to_tensor(image))
+
+    def number(self, epoch, index):
+        return CENTRE if self.size == 32 else -1
 
 
 class Images(Dataset):
@@ -198,7 +213,8 @@ class Images(Dataset):
                 image, target = self.source.load(number)
             except Exception:  # whatever a decoder makes of a broken file
                 continue
-            return Batch(self.view(image, epoch, number), target, number, -1 if number == index else index)
+            return Batch(self.view(image, epoch, number), target, number, -1 if number == index else index,
+                         view=self.view.number(epoch, number))
         raise RuntimeError('not one image can be read')
 
     def complaint(self, index) -> str:
@@ -229,10 +245,28 @@ class Prepare:
         return batch._replace(images=images, target=target, index=index)
 
 
+class ResidentLoader:
+    """Yields what a DataLoader would, images and targets on the device already, without having to wait for it."""
+
+    def __init__(self, images: Images, order: TrainOrder | EvalOrder, resident: Resident):
+        self.dataset, self.batch_sampler, self.resident = images, order, resident
+
+    def __iter__(self):
+        device = self.resident.targets.device
+        for keys in self.batch_sampler:
+            index = torch.tensor([number for _, number in keys])
+            view = torch.as_tensor(self.dataset.view.number(keys[0][0], index)).expand(len(index)).contiguous()
+            if device.type == 'cuda':
+                index, view = index.pin_memory(), view.pin_memory()
+            there = index.to(device, non_blocking=True)
+            yield Batch(self.resident.views(there, view.to(device, non_blocking=True)), self.resident.targets[there],
+                        index, torch.full_like(index, -1), view=view)
+
+
 class TrainData:
-    def __init__(self, images: Images, order: TrainOrder, args, plain: DataLoader | None = None):
-        self.images, self.order = images, order
-        self.loader, self.plain = make_loader(images, order, args), plain
+    def __init__(self, loader: DataLoader | ResidentLoader, plain: DataLoader | ResidentLoader | None = None):
+        self.images, self.order = loader.dataset, loader.batch_sampler
+        self.loader, self.plain = loader, plain
         self.reported = set()
 
     def updates(self, epoch: int, start: int):
@@ -255,6 +289,9 @@ class TrainData:
             print(self.images.complaint(number), file=sys.stderr, flush=True)
         self.reported.update(bad)
         return len(bad)
+
+    def resident(self, device) -> Resident:
+        return getattr(self.loader, 'resident', None) or Resident(self.images.source, device)
 
 
 def make_loader(images, order, args):
@@ -301,7 +338,17 @@ def load_source(args, train: bool):
     return Cifar(args.dataset, args.data, train)
 
 
-def load_data(args, seed: int):
+def on_device(args) -> bool:
+    """Whether the images live on the device: --data-backend, which check() has found to be possible."""
+    beyond = beyond_crop_and_flip(args)
+    if args.data_backend == 'device' or (args.data_backend == 'auto' and not beyond):
+        distributed.say('data: images on the device, cropped and flipped there')
+        return True
+    distributed.say(f'data: images from {args.workers} loader processes per rank' + f' ({beyond})' * bool(beyond))
+    return False
+
+
+def load_data(args, seed: int, device: torch.device):
     """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
     valid = load_source(args, train=False)
     train = None if args.evaluate else load_source(args, train=True)
@@ -315,12 +362,18 @@ def load_data(args, seed: int):
     rank, world, batch = distributed.rank(), distributed.world(), global_batch(args)
     if batch < world:
         sys.exit(f'error: a batch of {batch} is smaller than the number of ranks, {world}')
-    folder = args.dataset == 'imagefolder'
+    resident, folder = on_device(args), args.dataset == 'imagefolder'
     plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
-    evaluation = make_loader(Images(valid, plain), EvalOrder(range(len(valid)), share, rank, world), args)
+
+    def loaders(source, *views_and_orders):
+        if not resident:
+            return [make_loader(Images(source, view), order, args) for view, order in views_and_orders]
+        held = Resident(source, device)
+        return [ResidentLoader(Images(source, view), order, held) for view, order in views_and_orders]
+
+    evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), share, rank, world)))
     if train:
         view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
         order = TrainOrder(len(train), batch, args.accum_steps, seed, rank, world)
-        sample = make_loader(Images(train, plain), EvalOrder([], share, rank, world), args)
-        train = TrainData(Images(train, view), order, args, sample)
+        train = TrainData(*loaders(train, (view, order), (plain, EvalOrder([], share, rank, world))))
     return train, evaluation, valid.classes

@@ -1,0 +1,179 @@
+"""An exact cache of a frozen teacher: what it shows of each of the 162 views of each CIFAR image (utils/resident.py).
+
+A table holds one field of Features, logits or pooled, in float16, and training always reads it from there: a view looks
+the same at the first visit and at later ones. The teacher fills it in float32, without autocast, in eval mode.
+
+With a folder, a table is also a file, named by a hash of what it follows from:
+    header   4096 bytes of JSON: teacher, data, normalisation, field, type, sizes
+    marks    int32 [N * 162], 0 where the view is not known, else a checksum of its values
+    values   float16 [N * 162, C]
+Values reach the disk before their marks do, and a process that reads or writes holds a lock. So several processes may
+use and fill one file, each bringing in what others have not, a crash costs what was not written yet, and values that
+do not match their marks are refused.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import Features
+from utils import distributed, signals
+from utils.data import STATISTICS, Batch
+from utils.resident import VIEWS
+
+from .base import probe
+
+HEADER, DTYPE = 4096, torch.float16
+ROWS_AT_ONCE, IMAGES_AT_ONCE = 2**13, 512
+MULTIPLE = 16  # of a batch to fill in: few sizes to search the fastest kernels for, none small enough for its own
+SAVE_EVERY = 60  # seconds of filling in
+
+
+class Table:
+    """Values on the device, which of them are known on the host, and a file of both if it has a path."""
+
+    def __init__(self, rows: int, width: int, device: torch.device, path: Path | None = None, about=None):
+        self.values = torch.zeros(rows, width, dtype=DTYPE, device=device)
+        self.known = torch.zeros(rows, dtype=torch.bool)
+        self.path, self.about, self.fresh = path, about, []
+        if path:
+            self.load()
+
+    def put(self, rows: torch.Tensor, values: torch.Tensor):
+        self.values[rows.to(self.values.device, non_blocking=True)] = values.to(DTYPE)
+        self.known[rows] = True
+        self.fresh.append(rows)
+
+    def load(self):
+        with self.opened() as (marks, values):
+            self.known = torch.from_numpy(marks != 0)
+            for part in self.known.nonzero()[:, 0].split(ROWS_AT_ONCE):
+                value = torch.from_numpy(values[part.numpy()])
+                if not torch.equal(checksums(value), torch.from_numpy(marks[part.numpy()])):
+                    sys.exit(f'error: {self.path} is damaged; delete it, and it is filled in anew')
+                self.values[part.to(self.values.device)] = value.to(self.values.device)
+
+    def save(self):
+        """Bring into the file what is known here and not there; what float16 cannot hold stays out."""
+        if not self.path or not self.fresh:
+            return
+        rows, self.fresh = torch.cat(self.fresh).sort().values, []
+        with self.opened() as (marks, values):
+            rows, sums = rows[torch.from_numpy(marks[rows.numpy()] == 0)], []
+            for part in rows.split(ROWS_AT_ONCE):
+                value = self.values[part.to(self.values.device)].cpu()
+                values[part.numpy()] = value.numpy()
+                sums.append(torch.where(value.isfinite().all(1), checksums(value), 0))
+            values.flush()
+            marks[rows.numpy()] = torch.cat(sums).numpy() if sums else 0
+            marks.flush()
+
+    @contextmanager
+    def opened(self):
+        """The file's marks and values, this process's alone for a while."""
+        rows, width = self.values.shape
+        header = json.dumps(self.about).encode().ljust(HEADER, b'\0')
+        size = HEADER + 4 * rows + 2 * rows * width
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), 'r+b') as file:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                found = file.read(HEADER)
+                if not found.strip(b'\0'):  # new, or its maker got no further
+                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash in a mapping
+                    file.seek(0)
+                    file.write(header)
+                    file.flush()
+                    os.fsync(file.fileno())
+                elif found != header or os.fstat(file.fileno()).st_size != size:
+                    sys.exit(f'error: {self.path} is damaged, or no table of this teacher; delete it')
+                yield (np.memmap(file, np.int32, 'r+', HEADER, (rows,)),
+                       np.memmap(file, np.float16, 'r+', HEADER + 4 * rows, (rows, width)))
+        except OSError as error:
+            sys.exit(f'error: --cache-dir: {self.path}: {error.strerror}')
+
+
+def checksums(values: torch.Tensor) -> torch.Tensor:
+    """[R, C] -> [R], from 1 on: a weighted sum modulo a prime, which no single wrong number leaves as it was."""
+    words = values.view(torch.int16).double()  # of integers, so the product is exact
+    return ((words @ torch.arange(1, values.shape[1] + 1).double()).long() % (2**31 - 1) + 1).int()
+
+
+class TeacherCache:
+    """In place of the teacher while a student trains, with `prepare` in place of Prepare."""
+
+    def __init__(self, teacher, identity: str, fields: set[str], train, prepare, device, args):
+        self.teacher, self.train, self.prepare_images, self.device = teacher, train, prepare, device
+        shown, rows = probe(teacher), len(train.images) * VIEWS
+        self.tables = {}
+        data = train.resident(device).fingerprint() if args.cache_dir else None
+        for field in sorted(fields):
+            width, path = getattr(shown, field).shape[1], None
+            about = {'teacher': identity, 'data': data, 'normalisation': STATISTICS[args.dataset], 'field': field,
+                     'type': 'float16', 'rows': rows, 'width': width, 'format': 1}
+            if args.cache_dir:
+                key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+                path = Path(args.cache_dir) / f'{identity.split()[0]}-{field}-{key}.table'
+            self.tables[field] = Table(rows, width, device, path, about)
+        distributed.at_end.callback(self.save)
+
+    def __str__(self):
+        size, known = sum(table.values.nbytes for table in self.tables.values()) / 1e9, self.known()
+        return f'{" and ".join(self.tables)}, {size:.2f} GB, {known.sum():,} of {len(known):,} views known'
+
+    def __call__(self, batch: Batch) -> Features:
+        rows = batch.index * VIEWS + batch.view
+        fields = {field: table.values[rows].float() for field, table in self.tables.items()}
+        return Features(**{'logits': None, 'pooled': None, 'head': None, 'preact': [], 'maps': []} | fields)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch on the device, of which every view is known."""
+        ready = self.prepare_images(batch)
+        rows = batch.index * VIEWS + batch.view
+        unknown = (~self.known(rows)).nonzero()[:, 0]
+        if len(unknown):
+            self.learn(rows[unknown], ready.images, unknown)
+        return ready._replace(view=batch.view.to(self.device, non_blocking=True))
+
+    def known(self, rows=slice(None)) -> torch.Tensor:
+        return torch.stack([table.known[rows] for table in self.tables.values()]).all(0)
+
+    @torch.no_grad()
+    def learn(self, rows: torch.Tensor, images: torch.Tensor, places: torch.Tensor):
+        """Let the teacher look at the images at some places of a batch."""
+        n = len(places)
+        places = places[torch.arange(-(-n // MULTIPLE) * MULTIPLE) % n]
+        with torch.autocast(self.device.type, enabled=False):
+            shown = self.teacher(images[places.to(self.device, non_blocking=True)], features=True)
+        for field, table in self.tables.items():
+            table.put(rows, getattr(shown, field)[:n])
+
+    def fill(self) -> bool:
+        """Let the teacher look at all that is not known, each rank for itself; False where a signal asks to stop."""
+        resident, began, saved = self.train.resident(self.device), time.time(), time.time()
+        unknown = (~self.known()).nonzero()[:, 0]
+        for number, rows in enumerate(unknown.split(IMAGES_AT_ONCE), 1):
+            if signals.caught():
+                break
+            index, view = (x.to(self.device) for x in (rows // VIEWS, rows % VIEWS))
+            ready = self.prepare_images(Batch(resident.views(index, view), index, index, None))
+            self.learn(rows, ready.images, torch.arange(len(rows)))
+            done = min(number * IMAGES_AT_ONCE, len(unknown))
+            if time.time() - saved > SAVE_EVERY or done == len(unknown):
+                self.save()
+                saved = time.time()
+                distributed.say(f'teacher cache: {done:,} of {len(unknown):,} views filled in, '
+                                f'{done / (saved - began):,.0f} per second')
+        stop, = distributed.agree(signals.caught())
+        return not stop
+
+    def save(self):
+        for table in self.tables.values():
+            table.save()

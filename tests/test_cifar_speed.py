@@ -1,0 +1,253 @@
+"""CIFAR on the device and the cache of the teacher: the same batches, the same results."""
+import copy
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from conftest import assert_same
+
+from distillers import DISTILLERS
+from distillers.cache import HEADER, Table, TeacherCache
+from models import Features
+from utils import data, engine, signals
+from utils.args import base_parser, check
+from utils.data import Dummy, Images, PlainView, ResidentLoader, ShiftView, TrainData, make_loader, shifts
+from utils.order import EvalOrder, TrainOrder
+from utils.resident import VIEWS, Resident
+
+CPU = torch.device('cpu')
+DUMMY = ['--dataset', 'cifar10', '--dummy', '--arch', 'resnet8', '--image-size', 32]
+KD = [*DUMMY, '--dummy-images', 5, '-b', 4, '--teacher-arch', 'resnet8', '--distiller', 'kd', 'cc', '--epochs', 2,
+      '--skip-first-evaluation']
+
+
+def arguments(*flags):
+    parser = base_parser('')
+    return check(parser, parser.parse_args(['--dummy', '--dataset', 'cifar10', '-j', '0', *flags]))
+
+
+def both(source, view, order):
+    """The two paths to the same batches."""
+    return (make_loader(Images(source, view), order, arguments()),
+            ResidentLoader(Images(source, view), copy.copy(order), Resident(source, CPU)))
+
+
+@contextmanager
+def signal_at_second_call(owner, name):
+    genuine, count = getattr(owner, name), [0]
+
+    def counted(*args):
+        count[0] += 1
+        if count[0] == 2:
+            signals._note(15)
+        return genuine(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield
+
+
+def assert_equal_batches(a, b):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        for name in ('images', 'target', 'index', 'bad', 'view'):
+            assert torch.equal(getattr(x, name), getattr(y, name)), name
+            assert getattr(x, name).dtype == getattr(y, name).dtype
+        assert x.images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('rank, world', [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize('epoch, start', [(0, 0), (3, 16)])
+def test_training_batches_are_the_same(rank, world, epoch, start):
+    source = Dummy(45, 10, 32)
+    order = TrainOrder(45, 4, 2, 5, rank, world)  # the last batch has one sample: rank 1 of 2 computes along unweighted
+    a, b = (list(TrainData(loader).updates(epoch, start))
+            for loader in both(source, ShiftView(arguments(), 5, 45), order))
+    assert [end for end, _ in a] == [end for end, _ in b]
+    a, b = ([batch for _, micro in updates for batch in micro] for updates in (a, b))
+    assert_equal_batches(a, b)
+    assert [x.weight for x in a] == [x.weight for x in b]
+    for batch in b:
+        for index, view in zip(batch.index.tolist(), batch.view.tolist()):
+            row, column, flip = shifts(5, epoch, 45)[index].tolist()
+            assert view == (row * 9 + column) * 2 + flip
+
+
+@pytest.mark.parametrize('rank, world', [(0, 1), (1, 2)])
+def test_evaluation_and_sample_batches_are_the_same(rank, world):
+    source = Dummy(23, 10, 32)
+    assert_equal_batches(*map(list, both(source, PlainView(32), EvalOrder(range(23), 4, rank, world))))
+    training = both(source, ShiftView(arguments(), 5, 23), TrainOrder(23, 4, 1, 5, rank, world))
+    plain = both(source, PlainView(32), EvalOrder([], 4, rank, world))
+    assert_equal_batches(*(list(TrainData(*loaders).sample(2, 13)) for loaders in zip(training, plain)))
+
+
+def test_every_view_is_a_slice_of_the_padded_image():
+    source = Dummy(3, 10, 32)
+    images = Resident(source, CPU).views(torch.full((VIEWS,), 2), torch.arange(VIEWS))
+    padded = np.zeros((40, 40, 3), np.uint8)
+    padded[4:36, 4:36] = np.asarray(source.load(2)[0])
+    number = 0
+    for row in range(9):
+        for column in range(9):
+            for flip in (False, True):
+                cut = padded[row:row + 32, column:column + 32]
+                assert np.array_equal(images[number].permute(1, 2, 0), cut[:, ::-1] if flip else cut)
+                number += 1
+    assert number == VIEWS
+
+
+@pytest.mark.parametrize('flags, kind', [
+    ([], ResidentLoader), (['--data-backend', 'device'], ResidentLoader), (['--mixup', '1'], ResidentLoader),
+    (['--data-backend', 'loader'], torch.utils.data.DataLoader), (['--image-size', '64'], torch.utils.data.DataLoader),
+    (['--random-erasing', '0.1'], torch.utils.data.DataLoader)])
+def test_choice_of_the_backend(flags, kind, capsys):
+    train, valid, _ = data.load_data(arguments('--dummy-images', '20', '-b', '4', *flags), 1, CPU)
+    assert all(isinstance(loader, kind) for loader in (train.loader, train.plain, valid))
+    assert ('images on the device' in capsys.readouterr().out) == (kind is ResidentLoader)
+
+
+@pytest.mark.parametrize('flags, named', [
+    (['--image-size', 64], '--image-size 64'), (['--auto-augment', 'randaugment'], '--auto-augment randaugment'),
+    (['--dataset', 'imagefolder'], '--dataset imagefolder')])
+def test_what_the_device_cannot_do_is_said(base, distill, flags, named):
+    run = base(*DUMMY, '--data-backend', 'device', *flags)
+    assert run.code == 2 and named in run.err
+    run = distill(*KD, '--cache-teacher', 'lazy', *flags)
+    assert run.code == 2 and named in run.err
+
+
+def test_a_run_may_go_on_with_the_other_backend(base, tmp_path):
+    flags = [*DUMMY, '--dummy-images', 20]
+    whole = base(*flags, '--epochs', 2, '--output', tmp_path / 'whole', '--data-backend', 'loader')
+    with signal_at_second_call(engine, 'seed_everything'):
+        part = base(*flags, '--epochs', 2, '--output', tmp_path / 'parts', '--data-backend', 'loader')
+    rest = base(*flags, '--epochs', 2, '--output', tmp_path / 'parts')
+    assert part.code == signals.EXIT_INTERRUPTED and rest.code == 0 and 'resumed from' in rest.out
+    assert_same(rest.weights(), whole.weights())
+
+
+# The cache of the teacher
+
+def test_the_cache_gives_what_a_live_teacher_gives_up_to_rounding(distill, tmp_path):
+    runs = {name: distill(*KD, '--output', tmp_path / name, *flags) for name, flags in {
+        'live': [],
+        'lazy': ['--cache-teacher', 'lazy', '--data-backend', 'loader'],
+        'full': ['--cache-teacher', 'full'],
+        'written': ['--cache-teacher', 'lazy', '--cache-dir', tmp_path / 'tables'],
+        'read': ['--cache-teacher', 'lazy', '--cache-dir', tmp_path / 'tables', '--arch', 'resnet14'],
+        'again': ['--cache-teacher', 'full', '--cache-dir', tmp_path / 'tables'],
+    }.items()}
+    for name, run in runs.items():
+        assert run.code == 0, name + run.err
+    live, cached = (runs[name].log()[0]['train']['losses'] for name in ('live', 'lazy'))
+    assert cached == pytest.approx(live, rel=1e-3) and cached != live
+    for name in ('full', 'written', 'again'):
+        assert_same(runs[name].weights(), runs['lazy'].weights())
+    assert ' 0 of 810 views' in runs['written'].out
+    seen = int(runs['read'].out.partition(' of 810 views known')[0].split()[-1])
+    assert 5 < seen <= 10  # 5 images in two epochs
+    assert f'{810 - seen} of {810 - seen} views filled in' in runs['again'].out
+    assert len(list((tmp_path / 'tables').iterdir())) == 2  # logits and pooled
+
+
+def test_resume_with_a_cache_is_exact_and_off_is_another_run(distill, tmp_path):
+    flags = [*KD, '--cache-teacher', 'lazy', '--save-every', 1]
+    whole = distill(*flags, '--output', tmp_path / 'whole')
+    with signal_at_second_call(engine, 'seed_everything'):
+        assert distill(*flags, '--output', tmp_path / 'parts').code == signals.EXIT_INTERRUPTED
+    refused = distill(*KD, '--save-every', 1, '--output', tmp_path / 'parts')
+    assert refused.code == 1 and '--cache-teacher is off here, lazy there' in refused.err
+    rest = distill(*flags, '--output', tmp_path / 'parts')
+    assert rest.code == 0, rest.err
+    assert_same(rest.weights(), whole.weights())
+
+
+def test_a_signal_while_filling_in_leaves_what_there_is(distill, tmp_path, monkeypatch):
+    monkeypatch.setattr('distillers.cache.IMAGES_AT_ONCE', 64)
+    flags = [*KD, '--output', tmp_path / 'run', '--cache-teacher', 'full', '--cache-dir', tmp_path / 'tables']
+    with signal_at_second_call(TeacherCache, 'learn'):
+        assert distill(*flags).code == signals.EXIT_INTERRUPTED
+    rest = distill(*flags)
+    assert rest.code == 0 and ' 128 of 810 views known' in rest.out and '682 views filled in' in rest.out
+
+
+@pytest.mark.parametrize('flags, complaint', [
+    (['--distiller', 'kd', 'mgd'], 'mgd'), (['--distiller', 'dml'], 'dml'), (['--distiller', 'ofd'], 'ofd'),
+    (['--mixup', 1], '--mixup'), (['--cutmix', 1], '--cutmix')])
+def test_what_cannot_be_cached_is_said(distill, flags, complaint):
+    run = distill(*KD, '--cache-teacher', 'full', *flags)
+    assert run.code == 2 and complaint in run.err.splitlines()[-1] and '--cache-teacher' in run.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('name', [name for name, method in DISTILLERS.items() if method.teacher_reads])
+def test_methods_read_no_more_than_they_tell(name):
+    method, (student, teacher) = DISTILLERS[name], zoo.make('narrower')
+    distiller, batch = method(student, teacher), zoo.make_batch()
+    distiller.know(batch.target)
+    with torch.no_grad():
+        s, t = student(batch.images, features=True), teacher(batch.images, features=True)
+        told = {field: getattr(t, field) for field in method.teacher_reads}
+        losses = distiller(s, Features(**dict.fromkeys(Features._fields) | told), batch)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+# Its file
+
+def table(path, about='a teacher'):
+    return Table(40, 5, CPU, path, about)
+
+
+def put(table, rows, value):
+    table.put(torch.tensor(rows), torch.full((len(rows), 5), value))
+    return table
+
+
+def test_several_writers_share_a_file(tmp_path):
+    a, b = table(tmp_path / 't'), table(tmp_path / 't')
+    put(a, [3, 1], 0.1).save()
+    put(b, [7, 1], 0.3).save()  # what is there stays
+    put(a, [9], float('inf')).save()  # what float16 cannot hold
+    c = table(tmp_path / 't')
+    assert c.known.nonzero()[:, 0].tolist() == [1, 3, 7]
+    expected = torch.tensor([0.1, 0.1, 0.3]).half()
+    assert torch.equal(c.values[[1, 3, 7]], expected[:, None].expand(3, 5))
+
+
+def test_a_file_is_of_one_teacher(tmp_path):
+    put(table(tmp_path / 't'), [3], 0.1).save()
+    with pytest.raises(SystemExit, match='no table of this teacher'):
+        table(tmp_path / 't', 'another teacher')
+
+
+@pytest.mark.parametrize('place', ['size', 'header', 'mark', 'value'])
+def test_damage_is_noticed(tmp_path, place):
+    path = tmp_path / 't'
+    put(table(path), [3], 0.1).save()
+    content = bytearray(path.read_bytes())
+    at = {'size': -1, 'header': 2, 'mark': HEADER + 4 * 3, 'value': HEADER + 4 * 40 + 2 * (5 * 3 + 2)}[place]
+    content[at] ^= 1
+    path.write_bytes(content[:-1] if place == 'size' else content)
+    with pytest.raises(SystemExit, match='damaged'):
+        table(path)
+
+
+def test_values_without_a_mark_do_not_count(tmp_path):
+    path = tmp_path / 't'
+    put(table(path), [3, 4], 0.1).save()
+    content = bytearray(path.read_bytes())
+    content[HEADER + 4 * 4:HEADER + 4 * 5] = bytes(4)
+    path.write_bytes(content)
+    again = table(path)
+    assert again.known.nonzero()[:, 0].tolist() == [3]
+    put(again, [4], 0.5).save()
+    assert table(path).values[4].tolist() == [0.5] * 5
+
+
+def test_a_file_whose_maker_got_no_further_is_made(tmp_path):
+    (tmp_path / 't').write_bytes(bytes(HEADER))
+    put(table(tmp_path / 't'), [3], 0.5).save()
+    assert json.loads((tmp_path / 't').read_bytes()[:HEADER].strip(b'\0')) == 'a teacher'
+    assert table(tmp_path / 't').known.sum() == 1

@@ -1,0 +1,37 @@
+"""CIFAR's images on the device, and the 162 views of each that crop and flip can ask for.
+
+A view's number is (row * 9 + column) * 2 + flip, with row and column of the crop in the image padded with 4 zeros.
+"""
+import hashlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+VIEWS = 9 * 9 * 2
+CENTRE = (4 * 9 + 4) * 2  # the image as it is
+PLACES = torch.tensor([18, 2, 1])
+
+
+def view_number(shift: torch.Tensor) -> torch.Tensor:
+    """[..., 3] row, column, flip -> [...]"""
+    return shift @ PLACES
+
+
+class Resident:
+    def __init__(self, source, device: torch.device):
+        pixels = torch.from_numpy(np.stack([np.asarray(source.load(i)[0]) for i in range(len(source))]))
+        self.padded = F.pad(pixels.permute(0, 3, 1, 2), (4, 4, 4, 4)).contiguous().to(device)  # [N, 3, 40, 40]
+        self.targets = torch.tensor(source.targets, device=device)
+
+    def views(self, index: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """[B], [B] -> [B, 3, 32, 32], uint8: rows are copied, and columns picked of them, backwards for a flip."""
+        index, row, column, flip = (x.view(-1, 1, 1, 1) for x in (index, number // 18, number // 2 % 9, number % 2))
+        along, channel = torch.arange(32, device=index.device), torch.arange(3, device=index.device).view(-1, 1, 1)
+        rows = (index * 3 + channel) * 40 + row + along.view(-1, 1)  # [B, 3, 32, 1]
+        columns = column + torch.where(flip == 1, 31 - along, along)  # [B, 1, 1, 32]
+        cut = self.padded.view(-1, 40).index_select(0, rows.flatten()).view(*rows.shape[:3], 40)
+        return cut.gather(3, columns.expand(-1, 3, 32, -1))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.padded.cpu().numpy()).hexdigest()[:16]
