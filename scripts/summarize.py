@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import NEUTRAL
 
+HERE = Path(__file__).resolve().parent
 # arguments that runs of one cell may differ in; a teacher is known by its weights, wherever they lie
 FREE = NEUTRAL | {'seed', 'data', 'teacher_resume'}
 # arguments that students of one architecture have in common, whatever the method
