@@ -1,18 +1,23 @@
 # make demo    set up and run the project's main job on images it makes itself
 # make test    set up what tests need and run them
+# make test-d2 DETECTRON2=CHECKOUT    the same for d2, with a checkout of Detectron2
 # make lint    the checks of style
 # make bench   compare speed and memory with plain formulations, on a CPU; some minutes
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-d2 lint bench clean
 
 demo: $(VENV)/.plots
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(TESTS)
+
+test-d2: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -r d2/requirements.txt
+	PYTHONPATH=$(DETECTRON2) $(BIN)/python -m pytest tests/test_d2.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

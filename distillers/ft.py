@@ -63,7 +63,7 @@ class FT(Distiller):
         parameters, seen, error = list(paraphraser.parameters()), 0, torch.zeros((), device=self.trained.device)
         while True:
             f = next(maps, None)
-            count, = distributed.agree(0 if f is None else len(f))
+            count = distributed.total(torch.tensor(0 if f is None else len(f), device=error.device)).item()
             if not count:
                 break
             if f is None:

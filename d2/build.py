@@ -1,0 +1,89 @@
+"""Student, teacher and methods from a config. What does not fit is a ValueError, before anything trains."""
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from distillers import DISTILLERS
+
+from . import meta_arch, mobilenet  # noqa: F401, which register what configs name
+from .config import LOGITS, MAPS, PREACT, arguments, check_schedule, teacher_config
+from .views import View, check_boxes, check_maps
+
+
+class Whole(DetectionCheckpointer):
+    """Loads nothing less than all of a network."""
+
+    def _log_incompatible_keys(self, incompatible):
+        missing = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        if missing:
+            raise ValueError(f'they do not fit its config: {len(missing)} entries are missing or have another shape, '
+                             f'such as {missing[0]}')
+        super()._log_incompatible_keys(incompatible)
+
+
+def build_teacher(cfg: CfgNode) -> nn.Module:
+    own = teacher_config(cfg)
+    teacher, weights = build_model(own), own.MODEL.WEIGHTS
+    try:
+        if not weights or not Path(PathManager.get_local_path(weights)).is_file():
+            raise ValueError('there is no such file')
+        Whole(teacher).load(weights)
+    except (ValueError, OSError) as error:
+        raise ValueError(f'MODEL.TEACHER.WEIGHTS {weights!r}: {error}') from error
+    return teacher.eval().requires_grad_(False)
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """With its teacher and methods, if the config has any."""
+    student, methods = build_model(cfg), cfg.MODEL.DISTILL.METHODS
+    if methods:
+        check_schedule(cfg.MODEL.DISTILL.PERIODS, cfg.MODEL.DISTILL.STEPS)
+        if not isinstance(student, meta_arch.Distilled):
+            raise ValueError(f'MODEL.META_ARCHITECTURE is {type(student).__name__}; DistilledRetinaNet and '
+                             'DistilledRCNN are those that learn from a teacher')
+        teacher = build_teacher(cfg)
+        check_images(student, teacher)
+        names = {name: features_of(name, cfg) for name in methods}
+        student.distil(teacher, {name: build_method(name, student, teacher, cfg) for name in methods}, names)
+    return student
+
+
+def build_method(name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode):
+    names = features_of(name, cfg)
+    views = View(student, names), View(teacher, names, cfg.MODEL.DISTILL.MEASURE_MARGINS)
+    if names:
+        check_maps(*views, reads_preact=name in PREACT)
+    else:
+        check_boxes(student, teacher)
+    method = DISTILLERS[name](*views, **arguments(name, cfg))
+    if method.batch_statistics:
+        raise ValueError(f'{name} would normalise the teacher by the batch, but a detector has frozen norms')
+    return method
+
+
+def features_of(name: str, cfg: CfgNode) -> tuple[str, ...]:
+    """The maps that a method compares; none: it compares logits."""
+    if name in LOGITS:
+        return ()
+    if name not in MAPS:
+        raise ValueError(f'MODEL.DISTILL.METHODS: {name} is none of those for detectors: {", ".join((*MAPS, *LOGITS))}')
+    return tuple(cfg.MODEL.DISTILL[name.upper()].FEATURES)
+
+
+def check_images(student: nn.Module, teacher: nn.Module):
+    """Both have to see an image at the same size."""
+    if not all(hasattr(teacher, part) for part in ('backbone', 'preprocess_image', 'input_format')):
+        raise ValueError(f'nothing is known of a teacher of the kind {type(teacher).__name__}')
+    s, t = ((x.backbone.size_divisibility, dict(x.backbone.padding_constraints)) for x in (student, teacher))
+    if s != t:
+        raise ValueError(f'student and teacher pad images differently (multiple, constraints): {s} and {t}')
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel may be around."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

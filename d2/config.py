@@ -1,0 +1,90 @@
+"""The keys of a config: Detectron2's, and those of the distillation, made from the distillers' own arguments."""
+from bisect import bisect
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+from distillers import DISTILLERS
+from distillers.base import hyper_parameters, options
+
+CONFIGS = Path(__file__).resolve().parent / 'configs'
+
+STAGES, PYRAMID = ('res2', 'res3', 'res4', 'res5'), ('p2', 'p3', 'p4', 'p5', 'p6')
+
+# Methods that compare maps, and by default which. Those that need an image's pooled features or classifier are not
+# here: a detector has neither.
+MAPS = dict.fromkeys(('mgd', 'ofd', 'ab', 'fitnet', 'at', 'nst', 'vid', 'kdsvd', 'fsp', 'ft'), STAGES)
+MAPS['reviewkd'] = PYRAMID
+LOGITS = ('kd', 'dkd', 'edkd')  # methods that compare logits: of the box head, on the student's proposals
+PREACT = ('mgd', 'ofd', 'ab', 'reviewkd')  # of those with maps, the ones that read them before their activation
+
+
+def default_config() -> CfgNode:
+    cfg = get_cfg()
+    cfg.DATASETS.COCO_FORMAT = ()  # data sets of one's own: (name, json file, folder of images), ...
+
+    cfg.MODEL.TEACHER = CfgNode()
+    cfg.MODEL.TEACHER.CONFIG_FILE = ''  # a path, or the name of a file in d2/configs
+    cfg.MODEL.TEACHER.WEIGHTS = ''
+    cfg.MODEL.TEACHER.OPTS = []  # further keys and values for the teacher
+
+    cfg.MODEL.DISTILL = distill = CfgNode()
+    distill.METHODS = ()
+    distill.LAST_NORM = ''  # in the last block of each stage of the student: SyncBN, BN, GN or, empty, as they are
+    distill.MEASURE_MARGINS = False  # measure the teacher's margins even where its norms tell them
+    # What is an epoch to a method: PERIODS[i] iterations, from STEPS[i - 1] on
+    distill.PERIODS = (5000, 31000)
+    distill.STEPS = (20000,)
+    distill.ITERS = 1000  # batches, of all GPUs, that a method may look at before an epoch
+
+    for name in (*MAPS, *LOGITS):
+        distill[name.upper()] = method = CfgNode()
+        if name in MAPS:
+            method.FEATURES = MAPS[name]
+        for key, (parameter, _) in hyper_parameters(DISTILLERS[name]).items():
+            method[key.upper()] = parameter.default
+    return cfg
+
+
+def arguments(name: str, cfg: CfgNode) -> dict:
+    """The hyper-parameters of a method."""
+    values = {}
+    for key, (parameter, _) in hyper_parameters(DISTILLERS[name]).items():
+        value = values[key] = cfg.MODEL.DISTILL[name.upper()][key.upper()]
+        choices = options(parameter).get('choices', [value])
+        if value not in choices:
+            raise ValueError(f'MODEL.DISTILL.{name.upper()}.{key.upper()} is {value!r}, but has to be one of {choices}')
+    return values
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, on the student's device and data sets."""
+    wanted = cfg.MODEL.TEACHER
+    if not wanted.CONFIG_FILE:
+        raise ValueError('MODEL.TEACHER.CONFIG_FILE is empty: name the config of the teacher')
+    file = Path(wanted.CONFIG_FILE)
+    if not file.exists():
+        file = CONFIGS / wanted.CONFIG_FILE
+    if not file.exists():
+        raise ValueError(f'MODEL.TEACHER.CONFIG_FILE: there is no {wanted.CONFIG_FILE}, here or in {CONFIGS}')
+    teacher = default_config()
+    teacher.merge_from_file(str(file))
+    teacher.merge_from_list(wanted.OPTS)
+    teacher.MODEL.WEIGHTS, teacher.MODEL.DEVICE = wanted.WEIGHTS, cfg.MODEL.DEVICE
+    teacher.DATASETS, teacher.OUTPUT_DIR = cfg.DATASETS.clone(), cfg.OUTPUT_DIR
+    return teacher
+
+
+def due(iteration: int, periods: tuple[int, ...], steps: tuple[int, ...]) -> bool:
+    """Whether an epoch begins with this iteration."""
+    return iteration % periods[bisect(steps, iteration)] == 0
+
+
+def epoch_of(iteration: int, periods: tuple[int, ...], steps: tuple[int, ...]) -> int:
+    """Counted from 1."""
+    return sum(due(i, periods, steps) for i in range(iteration + 1))
+
+
+def check_schedule(periods: tuple[int, ...], steps: tuple[int, ...]):
+    if len(periods) != len(steps) + 1 or min(periods) < 1 or list(steps) != sorted(steps):
+        raise ValueError(f'MODEL.DISTILL.PERIODS {periods} are not one more than STEPS {steps}, which have to ascend')

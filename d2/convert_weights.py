@@ -1,0 +1,44 @@
+"""ImageNet weights of torchvision under the names of Detectron2's backbones.
+
+    python d2/convert_weights.py resnet18 r-18.pth              torchvision's own, downloaded
+    python d2/convert_weights.py resnet18-f37072fd.pth r-18.pth   a file of them
+"""
+import argparse
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+
+RULES = [  # of a ResNet; MobileNetV2 keeps its names
+    (r'^(conv1|bn1)\.', r'stem.\1.'),
+    (r'^layer(\d)', lambda found: f'res{int(found[1]) + 1}'),
+    (r'\bbn(\d)', r'conv\1.norm'),
+    (r'downsample\.0', 'shortcut'),
+    (r'downsample\.1', 'shortcut.norm'),
+]
+NOT_USED = re.compile(r'^(fc|classifier)\.|num_batches_tracked$')
+
+
+def renamed(key: str) -> str:
+    for pattern, name in RULES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def convert(state: dict) -> dict:
+    """A checkpoint whose entries Detectron2 looks up by the ends of their names."""
+    model = {renamed(key): value for key, value in state.items() if not NOT_USED.search(key)}
+    return {'model': model, 'matching_heuristics': True}
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', help='name of a network of torchvision, or a file')
+    parser.add_argument('target', type=Path, help='file to write')
+    args = parser.parse_args()
+    if Path(args.source).exists():
+        state = torch.load(args.source, map_location='cpu', weights_only=True)
+    else:
+        state = torchvision.models.get_model_weights(args.source).IMAGENET1K_V1.get_state_dict(check_hash=True)
+    torch.save(convert(state), args.target)

@@ -1,0 +1,96 @@
+"""Train a detector, distil one, or evaluate one.
+
+    python d2/train_net.py --num-gpus 8 --config-file d2/configs/base_retinanet_R50.yaml
+    python d2/train_net.py --num-gpus 8 --config-file d2/configs/mgd_retinanet_R18_R50.yaml MODEL.TEACHER.WEIGHTS T.pth
+    python d2/train_net.py --eval-only --config-file d2/configs/base_retinanet_R18.yaml MODEL.WEIGHTS S.pth
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from d2.build import build_student, build_teacher, student_of
+from d2.config import default_config, teacher_config
+from d2.hooks import Epochs
+
+
+class Trainer(DefaultTrainer):
+    def __init__(self, cfg):
+        super().__init__(rescaled(cfg, comm.get_world_size()))
+        if self.cfg.MODEL.DISTILL.METHODS:
+            self.checkpointer.add_checkpointable('distill', student_of(self.model).kd)
+
+    @classmethod
+    def build_model(cls, cfg):
+        return build_student(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / 'inference'))
+
+    def build_hooks(self):
+        hooks = super().build_hooks()
+        if self.cfg.MODEL.DISTILL.METHODS:  # after the clock, and before the checkpoint, which shall hold what they do
+            hooks.insert(1, Epochs(self.cfg.MODEL.DISTILL, student_of(self.model),
+                                   lambda: self.build_train_loader(self.cfg)))
+        return hooks
+
+
+def rescaled(cfg, world: int):
+    """Detectron2's schedule for another number of GPUs than SOLVER.REFERENCE_WORLD_SIZE, and the methods' with it."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    cfg = DefaultTrainer.auto_scale_workers(cfg, world).clone()
+    if reference:
+        cfg.defrost()
+        for key in ('PERIODS', 'STEPS'):
+            cfg.MODEL.DISTILL[key] = tuple(round(n * reference / world) for n in cfg.MODEL.DISTILL[key])
+        cfg.freeze()
+    return cfg
+
+
+def setup(args):
+    cfg = default_config()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name='d2')
+    for name, annotations, images in cfg.DATASETS.COCO_FORMAT:
+        register_coco_instances(name, {}, annotations, images)
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+    try:
+        if args.eval_teacher:
+            cfg, model = teacher_config(cfg), build_teacher(cfg)
+        elif args.eval_only:
+            model = build_model(cfg)
+            DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
+    if not (args.eval_only or args.eval_teacher):
+        return trainer.train()
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+if __name__ == '__main__':
+    parser = default_argument_parser()
+    parser.add_argument('--eval-teacher', action='store_true', help='evaluate the teacher, and nothing else')
+    args = parser.parse_args()
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
