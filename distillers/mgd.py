@@ -162,6 +162,7 @@ class Track:
             self.negative[1] += (f_t < 0).sum((0, 2, 3))
 
 
+@torch.no_grad()
 def cosines(f_s: Tensor, f_t: Tensor) -> Tensor:
     """[N, sc, H, W], [N, tc, H, W] -> [sc, tc], cosines between maps summed over images.
 
@@ -170,8 +171,10 @@ def cosines(f_s: Tensor, f_t: Tensor) -> Tensor:
     s, t = f_s.flatten(2), f_t.flatten(2)
     scale_s, scale_t = (1 / x.norm(dim=2, keepdim=True).clamp(min=1e-12) for x in (s, t))  # [N, C, 1]
     if s.shape[2] >= BATCHED_FROM:
-        return ((s @ t.mT).mul_(scale_s).mul_(scale_t.mT)).sum(0)
-    s, t = ((x * scale).transpose(0, 1).flatten(1) for x, scale in ((s, scale_s), (t, scale_t)))  # [C, N * H * W]
+        products = (s @ t.mT).mul_(scale_t.mT)  # [N, sc, tc]
+        return (scale_s.permute(1, 2, 0) @ products.transpose(0, 1))[:, 0]
+    s, t = (torch.mul(x.transpose(0, 1), scale.transpose(0, 1), out=x.new_empty(x.shape[1], *x.shape[::2])).flatten(1)
+            for x, scale in ((s, scale_s), (t, scale_t)))  # [C, N * H * W], scaled and laid out in one pass
     return s @ t.T
 
 

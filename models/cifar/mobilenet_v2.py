@@ -30,7 +30,8 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.project(F.relu(self.depthwise(F.relu(self.expand(x)))))
+        out = F.relu(self.depthwise(F.relu(self.expand(x), inplace=True)), inplace=True)
+        out = self.project(out)
         return x + out if self.residual else out
 
 

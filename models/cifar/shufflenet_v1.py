@@ -28,9 +28,9 @@ class Block(nn.Module):
         self.bn3 = nn.BatchNorm2d(c_new)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.channel_shuffle(out, self.conv1.groups)
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
         return torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1) if self.shrinks else out + x
 

@@ -24,7 +24,7 @@ def convolutions(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     """`depth` times convolution, norm and ReLU, without the last ReLU."""
     layers = []
     for _ in range(depth):
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
         c_in = c_out
     return nn.Sequential(*layers[:-1])
 

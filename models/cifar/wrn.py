@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
         """`active` is relu(bn1(x)). A shortcut by convolution starts from it, too."""
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 

@@ -20,7 +20,8 @@ def stem(c_out: int, stride: int) -> nn.Sequential:
 
 def separable(c_in: int, c_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU(),
+        nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False), nn.BatchNorm2d(c_in),
+        nn.ReLU(inplace=True),
         nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out),
     )
 

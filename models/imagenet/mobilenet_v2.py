@@ -37,7 +37,7 @@ class InvertedResidual(nn.Module):
         *expand, depthwise, project, norm = self.conv
         wide = x
         for layer in expand:
-            wide = F.relu6(layer(wide))
+            wide = F.relu6(layer(wide), inplace=True)
         preact = depthwise(wide)
         wide = F.relu6(preact)
         out = norm(project(wide))

@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.bn2(self.conv2(out)) + self.downsample(x)
 
 
@@ -58,8 +58,8 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         return self.bn3(self.conv3(out)) + self.downsample(x)
 
 
@@ -101,7 +101,7 @@ class ResNet(nn.Module):
         return [norm.num_features for norm in self.feature_norms]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.pool(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
         preacts, maps = [], []
         for stage in self.stages:

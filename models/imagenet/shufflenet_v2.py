@@ -28,7 +28,7 @@ class Block(nn.Module):
         half = c_out // 2
         self.branch1 = nn.Sequential(*depthwise(c_in, stride), *pointwise(c_in, half)) if shrinks else None
         self.branch2 = nn.Sequential(
-            *pointwise(c_in if shrinks else half, half), nn.ReLU(),
+            *pointwise(c_in if shrinks else half, half), nn.ReLU(inplace=True),
             *depthwise(half, stride), *pointwise(half, half),
         )
 
@@ -77,7 +77,7 @@ class ShuffleNetV2(nn.Module):
         return [2 * stage[-1].branch2[-1].num_features for stage in self.stages]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
-        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv1(x), inplace=True))
 
         preacts, maps = [], []
         for stage in self.stages:
