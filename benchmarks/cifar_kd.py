@@ -8,13 +8,12 @@ from distillers.cache import TeacherCache
 from distillers.kd import KD
 from models import create_model
 from utils.data import Batch, Dummy, Images, PlainView, Prepare, ResidentLoader, TrainData
-from utils.engine import precision
-from utils.optim import make_optimizer
 from utils.order import EvalOrder
 from utils.resident import VIEWS, Resident
 from utils.setup import place
 
 from .harness import Case, Row, Settings, Variant
+from .mgd_step import settle, training_step
 from .plain import plain_kd_step
 
 SIZES = {'teacher': 'resnet32x4', 'student': 'resnet8x4', 'batch': 64, 'images': 256}
@@ -30,11 +29,7 @@ def ingredients(settings: Settings, args, teacher: str, student: str, batch: int
     index, view = torch.randperm(images)[:batch], torch.randint(VIEWS, (batch,))
     there, resident = index.to(settings.device), train.resident(settings.device)
     data = Batch(resident.views(there, view.to(settings.device)), resident.targets[there], index, None, view=view)
-    for module in teacher.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # statistics of this batch, so that the logits are of a usual size
-    with torch.no_grad():
-        teacher(Prepare(args, settings.device)(data).images)
+    settle(teacher, Prepare(args, settings.device)(data).images)
     return student, teacher.eval().requires_grad_(False), train, data
 
 
@@ -52,18 +47,7 @@ def our_step(settings: Settings, sizes: dict, amp='off', cached=False):
     if cached:
         task.cache = TeacherCache(teacher, 'teacher', task.read_of_teacher(), train, prepare, settings.device, args)
         prepare = task.cache.prepare
-    optimizer = make_optimizer(task, args)
-
-    def run():
-        ready = prepare(batch)
-        with precision(settings.device, args):
-            _, losses = task(ready)
-            total = sum(losses.values())
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return {'loss': total}
-    return run
+    return training_step(task, batch, args, prepare)
 
 
 def cifar_kd(settings: Settings, **sizes) -> Case:

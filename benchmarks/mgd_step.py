@@ -56,14 +56,16 @@ def arguments(channels_last=False, amp='off') -> SimpleNamespace:
                            lr=1e-4, momentum=0.9, nesterov=False, weight_decay=1e-4)
 
 
-def training_step(task: Distillation, batch: Batch, args):
+def training_step(task: Distillation, batch: Batch, args, prepare=lambda batch: batch):
+    """As utils/engine.py does it."""
     optimizer = make_optimizer(task, args)
 
     def run():
+        ready = prepare(batch)
         with precision(batch.images.device, args):
-            _, losses = task(batch)
-            total = sum(losses.values())
-            total.backward()
+            _, losses = task(ready)
+        total = sum(losses.values())
+        total.backward()
         optimizer.step()
         optimizer.zero_grad()
         return {'loss': total}
