@@ -1,48 +1,63 @@
 """What CIFAR's training asks of the data: crops and flips, and CRD's negatives."""
+import numpy as np
 import torch
 
 from distillers.crd import CRD
 from models import create_model
-from utils.data import Batch, Dummy, Prepare
+from utils.data import Batch, Prepare
 from utils.resident import VIEWS, Resident
+from utils.sources import Dummy
 
+from . import peers
 from .cifar_kd import options
 from .harness import Case, Row, Settings, Variant
 from .plain import plain_negatives, plain_views
 
 
 def cifar_data(settings: Settings, images=512, batch=64, samples=50000, negatives=16384) -> Case:
+    """The views of some images, and a batch as CRD wants it: views, and the numbers of its negatives."""
     device, draw = settings.device, torch.Generator().manual_seed(0)
-    source, prepare = Dummy(images, 100, 32), Prepare(options(False, 'off'), device)
-    resident, pictures = Resident(source, device), [source.load(i)[0] for i in range(images)]
-    order = torch.randperm(images, generator=draw).split(batch)
-    views = torch.randint(VIEWS, (images,), generator=draw)
-
-    def batched():
-        for index in order:
-            there, view = index.to(device), views[index].to(device)
-            ready = prepare(Batch(resident.views(there, view), resident.targets[there], there, None))
-        return {'images': ready.images}
-
-    def plain():
-        for index in order:
-            ready = plain_views(pictures, index, views[index]).to(device)
-        return {'images': ready}
-
-    targets = torch.arange(samples) % 100
+    source, prepare = Dummy(samples, 100, 32), Prepare(options(False, 'off'), device)
+    resident, chosen = Resident(source, device), torch.randperm(samples, generator=draw)[:images]
+    views = dict(zip(chosen.split(batch), torch.randint(VIEWS, (images,), generator=draw).split(batch)))
+    pictures = {i: source.load(i)[0] for i in chosen.tolist()}
     network = create_model('resnet8', 100)
     crd = CRD(network, network, negatives=negatives).to(device)
-    crd.know(targets.to(device))
-    index = torch.randperm(samples, generator=draw)[:batch]
+    crd.know(resident.targets)
 
-    def drawn():
-        crd.draw(index.to(device))
+    def ours(index, view):
+        index, view = index.to(device), view.to(device)
+        return prepare(Batch(resident.views(index, view), resident.targets[index], index, None))
+
+    def plain(index, view):
+        return plain_views(pictures, index, view).to(device)
+
+    def all_views(of):
+        def run():
+            return {'images': torch.cat([getattr(ready, 'images', ready) for ready in map(of, views, views.values())])}
+        return run
+
+    index, view = next(iter(views.items()))
+
+    def crd_batch():
+        crd.draw(ours(index, view).index)
         return {}  # random
 
-    def plain_drawn():
-        plain_negatives(targets, index, negatives).to(device)
+    def plain_crd_batch():
+        plain(index, view), plain_negatives(torch.tensor(source.targets), index, negatives).to(device)
         return {}
 
-    variants = {'batched views': Variant(batched), 'plain views': Variant(plain),
-                'batched negatives': Variant(drawn), 'plain negatives': Variant(plain_drawn)}
-    return Case(variants, [Row('batched views', 'plain views', 4.0), Row('batched negatives', 'plain negatives', 3.0)])
+    variants = {'views': Variant(all_views(ours)), 'plain views': Variant(all_views(plain)),
+                'CRD batch': Variant(crd_batch), 'plain CRD batch': Variant(plain_crd_batch)}
+    skipped = peers.trouble(settings, peers.MDISTILLER)
+    if settings.peers and not skipped:
+        pixels = np.stack([np.asarray(source.load(i)[0]) for i in range(samples)])
+        batches = iter(peers.mdistiller_crd_loader(settings, pixels, source.targets, batch, negatives))
+
+        def peer_crd_batch():
+            for part in next(batches):
+                part.to(device)
+            return {}
+        variants[peers.MDISTILLER] = Variant(peer_crd_batch)
+    return Case(variants, [Row('views', 'plain views', 5.0), Row('CRD batch', 'plain CRD batch', 5.0),
+                           Row('CRD batch', peers.MDISTILLER, 9.0)], skipped=skipped)

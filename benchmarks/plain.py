@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
 from torchvision.transforms import functional as pil
 
-from utils.data import STATISTICS
+from utils.views import STATISTICS
 
 
 class PlainMGD(nn.Module):
@@ -120,3 +122,10 @@ def plain_negatives(targets: torch.Tensor, index: torch.Tensor, negatives: int) 
     others = [np.flatnonzero(targets.numpy() != c) for c in range(int(targets.max()) + 1)]
     return torch.stack([torch.from_numpy(np.random.choice(others[targets[i]], negatives, replace=False))
                         for i in index.tolist()])
+
+
+def plain_loader(folder, batch: int, workers: int) -> DataLoader:
+    """Training images of a folder."""
+    recipe = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
+                                 transforms.ToTensor(), transforms.Normalize(*STATISTICS['imagefolder'])])
+    return DataLoader(datasets.ImageFolder(folder, recipe), batch, shuffle=True, num_workers=workers)

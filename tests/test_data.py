@@ -9,12 +9,17 @@ import torch
 from conftest import write_images
 from PIL import Image
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 from utils import data
 from utils.args import base_parser, check
-from utils.data import Batch, CenterView, Cifar, CropView, Folder, Images, Prepare, ShiftView, shifts
+from utils.crops import as_tensor
+from utils.data import Batch, Images, Prepare
 from utils.order import EvalOrder, TrainOrder
 from utils.randomness import generator, seeded
+from utils.resident import Resident
+from utils.sources import Cifar, Dummy, Folder, load_source, read, read_jpeg
+from utils.views import STATISTICS, CenterView, CropView, ShiftView, shifts
 
 
 def arguments(*flags) -> argparse.Namespace:
@@ -105,10 +110,10 @@ def test_a_sample_of_the_training_images_is_split_over_the_ranks_and_changes_wit
 
 def test_pixels_are_those_of_the_classic_stack(images):
     """Our views and Prepare against ImageFolder, ToTensor and Normalize as pytorch/examples has them."""
-    normalize = transforms.Normalize(*data.STATISTICS['imagefolder'])
+    normalize = transforms.Normalize(*STATISTICS['imagefolder'])
     classic = datasets.ImageFolder(images / 'valid', transforms.Compose([
         transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(), normalize]))
-    ours = Images(Folder(images / 'valid'), CenterView(32))
+    ours = Images(Folder(images / 'valid', by_pil=True), CenterView(32))
     prepare = Prepare(arguments(), torch.device('cpu'))
     assert [classic.samples[i] == ours.source.samples[i] for i in range(15)] and len(classic) == len(ours) == 15
     for i in range(15):
@@ -122,18 +127,23 @@ def test_pixels_are_those_of_the_classic_stack(images):
     assert torch.equal(view(image, 4, 7), expected)
 
 
-def test_cifar_crop_is_the_table_row():
+@pytest.mark.parametrize('padding', ['zeros', 'reflect'])
+def test_cifar_crop_is_the_table_row(padding):
     image = torch.arange(3 * 32 * 32).reshape(3, 32, 32).to(torch.uint8)
     pil = transforms.functional.to_pil_image(image)
-    view = ShiftView(arguments('--dataset', 'cifar10'), seed=1, length=50)
-    padded = np.zeros((3, 40, 40), np.uint8)
-    padded[:, 4:36, 4:36] = image.numpy()
+    view = ShiftView(arguments('--dataset', 'cifar10', '--crop-padding', padding), seed=1, length=50)
+    padded = np.pad(image.numpy(), [(0, 0), (4, 4), (4, 4)], {'zeros': 'constant'}.get(padding, padding))
+    source = Dummy(1, 10, 32)
+    source.load = lambda index: (pil, 0)
+    resident = Resident(source, torch.device('cpu'), padding)
     rows = set()
     for index in range(50):
         row, column, flip = shifts(1, 2, 50)[index].tolist()
         expected = padded[:, row:row + 32, column:column + 32]
         expected = expected[:, :, ::-1] if flip else expected
         assert np.array_equal(view(pil, 2, index).numpy(), expected)
+        held = resident.views(torch.tensor([0]), view.number(2, index).view(1))
+        assert np.array_equal(held[0].numpy(), expected)
         rows.add((row, column, flip))
     assert len(rows) > 30 and all(0 <= r <= 8 and 0 <= c <= 8 for r, c, _ in rows)
 
@@ -177,13 +187,61 @@ def spoiled(tmp_path):
     return tmp_path
 
 
-def test_odd_images_are_read_as_rgb(spoiled):
-    source = Folder(spoiled / 'train')
-    numbers = {source.name(i).rsplit('/', 1)[1]: i for i in range(len(source))}
-    assert np.asarray(source.load(numbers['grey.jpg'])[0]).mean((0, 1)).tolist() == [77, 77, 77]
-    assert np.asarray(source.load(numbers['deep.png'])[0])[0, 0].tolist() == [156] * 3  # 40000 / 256
-    red, green, blue = np.asarray(source.load(numbers['cmyk.jpg'])[0])[0, 0].tolist()
+@pytest.mark.parametrize('by_pil', [False, True])
+def test_odd_images_are_read_as_rgb(spoiled, by_pil):
+    source = Folder(spoiled / 'train', by_pil)
+    loaded = {source.name(i).rsplit('/', 1)[1]: as_tensor(source.load(i)[0]).float().mean((1, 2)).tolist()
+              for i in range(len(source)) if source.name(i).endswith(('grey.jpg', 'deep.png', 'cmyk.jpg'))}
+    assert loaded['grey.jpg'] == [77, 77, 77] and loaded['deep.png'] == [156] * 3  # 40000 / 256
+    red, green, blue = loaded['cmyk.jpg']
     assert red > blue > green
+
+
+def test_torch_reads_a_jpeg_only_as_pil_does(tmp_path):
+    """Of whole, damaged and cut files: the same pixels, or None, for PIL to judge. Turned by its tags is none."""
+    noise = np.random.default_rng(0).normal(120, 40, (70, 90, 3)).clip(0, 255).astype(np.uint8)
+    tags = Image.Exif()
+    tags[0x0112] = 6  # to be shown turned by 90 degrees, which ImageFolder never did
+    whole, read_by_torch = [], Counter()
+    for mode, flags in (('RGB', {}), ('L', {}), ('CMYK', {}), ('RGB', {'progressive': True}), ('RGB', {'exif': tags})):
+        Image.fromarray(noise).convert(mode).save(tmp_path / 'x.jpg', quality=90, **flags)
+        whole.append((tmp_path / 'x.jpg').read_bytes())
+    end = len(whole[0])
+    cut = [whole[0][:length] for length in (1, 2, 3, 200, end // 2, end - 100, end - 3, end - 2, end - 1)]
+    hole = whole[0][:end // 2] + bytes(500) + whole[0][end // 2 + 500:]
+    for kind, content in [*(('whole', x) for x in whole), *(('cut', x) for x in cut), ('hole', hole),
+                          ('tail', whole[0] + b'more')]:
+        (tmp_path / 'x.jpg').write_bytes(content)
+        pixels = read_jpeg(tmp_path / 'x.jpg')
+        if pixels is not None:
+            assert torch.equal(pixels, as_tensor(read(tmp_path / 'x.jpg')))
+            read_by_torch[kind] += 1
+    assert read_by_torch['whole'] == 4 and not read_by_torch['cut']
+
+
+def test_torch_and_pil_see_the_same_crops(images):
+    """Equal boxes and flips; a pixel may be rounded the other way, so the statistics of training are the same."""
+    args = arguments('--image-size', '32')
+    by_torch, by_pil = (Images(Folder(images / 'train', by_pil), CropView(args, 5)) for by_pil in (False, True))
+    assert isinstance(by_torch.source.load(0)[0], torch.Tensor) and isinstance(by_pil.source.load(0)[0], Image.Image)
+    a, b = (torch.stack([dataset[(epoch, i)].images for epoch in range(3) for i in range(39)]).double()
+            for dataset in (by_torch, by_pil))
+    assert (a - b).abs().max() <= 1 and (a != b).double().mean() < 0.05
+    assert (a.mean((0, 2, 3)) - b.mean((0, 2, 3))).abs().max() < 0.02
+    assert (a.std((0, 2, 3)) - b.std((0, 2, 3))).abs().max() < 0.02
+    view, image = CropView(args, 7), by_torch.source.load(3)[0]
+    classic = v2.Compose([v2.RandomResizedCrop(32), v2.RandomHorizontalFlip()])
+    for index in range(8):
+        with seeded(7, 'view', 0, index):
+            expected = classic(image)
+        assert torch.equal(view(image, 0, index), expected)
+
+
+def test_which_pixels_are_read(images):
+    def by_pil(*flags, train=True):
+        parser = base_parser('')
+        return load_source(check(parser, parser.parse_args([str(images), *flags])), train).by_pil
+    assert not by_pil() and by_pil('--exact-pixels') and by_pil(train=False)
 
 
 def test_unreadable_training_images_are_replaced_and_named(spoiled, base, tmp_path):

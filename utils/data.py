@@ -1,35 +1,23 @@
-"""Images: where they come from, how they are augmented, and the loaders that bring them.
+"""Batches, and the loaders that bring them.
 
 A loader yields Batch: images are uint8 until Prepare has them on the device. Samples are asked for by (epoch, index),
 so the augmentation is a function of (seed, epoch, index) whichever process does it, or the device itself.
 """
-import os
 import sys
-from functools import lru_cache
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from . import distributed, signals
-from .args import beyond_crop_and_flip
+from . import distributed, signals, together
+from .args import beyond_the_device
+from .crops import ResidentImages
 from .order import EvalOrder, TrainOrder
-from .randomness import generator, seeded
-from .resident import CENTRE, Resident, view_number
-
-STATISTICS = {  # mean and std of the normalisation; four digits, as published teachers had them
-    'imagefolder': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
+from .randomness import generator
+from .resident import Resident
+from .sources import Shards, load_or_next, load_source
+from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 
 class Batch(NamedTuple):
@@ -39,162 +27,6 @@ class Batch(NamedTuple):
     bad: torch.Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
     weight: float = 1.0    # of the mean over this batch in the update; 0 where it only keeps other ranks company
     view: torch.Tensor | int = -1  # [N] numbers of the views (resident.py), -1 where they are not of those 162
-
-
-# Sources: len, classes, targets (class number of every sample), load(index) -> (PIL image, class number),
-# name(index) for messages.
-
-class Folder:
-    """root/class/image, as torchvision's ImageFolder: classes in sorted order."""
-
-    def __init__(self, root: Path):
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        if not self.classes:
-            sys.exit(f'error: {root} has no class folders')
-        self.samples = []
-        for number, name in enumerate(self.classes):
-            before = len(self.samples)
-            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
-                self.samples += [(os.path.join(folder, file), number) for file in sorted(files)
-                                 if file.lower().endswith(IMG_EXTENSIONS)]
-            if len(self.samples) == before:
-                sys.exit(f'error: {root / name} has no images ({" ".join(IMG_EXTENSIONS)})')
-        self.targets = [target for _, target in self.samples]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def name(self, index):
-        return self.samples[index][0]
-
-    def load(self, index):
-        path, target = self.samples[index]
-        with Image.open(path) as image:
-            if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip instead of scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert('RGB'), target
-
-
-class Cifar:
-    def __init__(self, name: str, root: str, train: bool):
-        kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
-        try:
-            if distributed.is_main():  # one rank downloads
-                kind(root, train, download=True)
-            distributed.agree(0)
-            official = kind(root, train)
-        except (OSError, RuntimeError) as error:
-            sys.exit(f'error: no {name} in {root}, and it cannot be downloaded: {error}')
-        self.classes, self.images, self.targets = official.classes, official.data, official.targets
-        self.name = f'{name} {"train" if train else "test"} image {{}}'.format
-
-    def __len__(self):
-        return len(self.images)
-
-    def load(self, index):
-        return Image.fromarray(self.images[index]), self.targets[index]
-
-
-class Dummy:
-    """Noise with labels, each a function of the index."""
-
-    def __init__(self, length: int, classes: int, size: int):
-        self.size, self.classes = size, [str(c) for c in range(classes)]
-        self.targets = [index % classes for index in range(length)]
-        self.name = 'dummy image {}'.format
-
-    def __len__(self):
-        return len(self.targets)
-
-    def load(self, index):
-        noise = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
-        return Image.fromarray(noise), self.targets[index]
-
-
-# Views: (PIL image, epoch, index) -> uint8 tensor [3, size, size]; number(epoch, index) of one sample or several.
-
-def random_extras(args):
-    """What may follow crop and flip: a policy, an erased rectangle (in the mean colour, which normalises to 0)."""
-    linear = v2.InterpolationMode.BILINEAR
-    policy = v2.AutoAugmentPolicy.IMAGENET if args.dataset == 'imagefolder' else v2.AutoAugmentPolicy.CIFAR10
-    policies = {'off': lambda: v2.Identity(), 'autoaugment': lambda: v2.AutoAugment(policy, linear),
-                'randaugment': lambda: v2.RandAugment(interpolation=linear),
-                'trivialaugment': lambda: v2.TrivialAugmentWide(interpolation=linear),
-                'augmix': lambda: v2.AugMix(interpolation=linear)}
-    mean = [round(255 * m) for m in STATISTICS[args.dataset][0]]
-    erasing = v2.RandomErasing(args.random_erasing, value=mean) if args.random_erasing else v2.Identity()
-    return v2.Compose([policies[args.auto_augment](), erasing])
-
-
-class CropView:
-    """The ImageNet recipe: a random crop of random size, flip."""
-
-    def __init__(self, args, seed):
-        self.seed = seed
-        self.transform = v2.Compose([v2.RandomResizedCrop(args.image_size), v2.RandomHorizontalFlip(), v2.PILToTensor(),
-                                     random_extras(args)])
-
-    def __call__(self, image, epoch, index):
-        with seeded(self.seed, 'view', epoch, index):
-            return self.transform(image)
-
-    def number(self, epoch, index):
-        return -1
-
-
-class CenterView:
-    """Shorter side to 256/224 of the size, then the centre."""
-
-    def __init__(self, size):
-        self.transform = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def __call__(self, image, epoch, index):
-        return self.transform(image)
-
-    def number(self, epoch, index):
-        return -1
-
-
-@lru_cache(maxsize=2)
-def shifts(seed: int, epoch: int, length: int) -> torch.Tensor:
-    """Row, column (0..8) and flip (0, 1) of every CIFAR image in an epoch: one table, the same on every device."""
-    draw = generator(seed, 'shifts', epoch)
-    return torch.cat([torch.randint(9, (length, 2), generator=draw), torch.randint(2, (length, 1), generator=draw)], 1)
-
-
-class ShiftView:
-    """The CIFAR recipe: a crop out of the image padded with 4 zeros, flip."""
-
-    def __init__(self, args, seed, length):
-        self.seed, self.length, self.numbered = seed, length, not beyond_crop_and_flip(args)
-        self.resize = v2.Identity() if args.image_size == 32 else v2.Resize((args.image_size, args.image_size))
-        extras = args.auto_augment != 'off' or args.random_erasing
-        self.extras = random_extras(args) if extras else None
-
-    def __call__(self, image, epoch, index):
-        row, column, flip = shifts(self.seed, epoch, self.length)[index].tolist()
-        image = F.pad(v2.functional.pil_to_tensor(image), (4, 4, 4, 4))[:, row:row + 32, column:column + 32]
-        image = self.resize(image.flip(2) if flip else image)
-        if self.extras is None:
-            return image
-        with seeded(self.seed, 'view', epoch, index):
-            return self.extras(image)
-
-    def number(self, epoch, index):
-        return view_number(shifts(self.seed, epoch, self.length)[index]) if self.numbered else -1
-
-
-class PlainView:
-    """A CIFAR image as it is."""
-
-    def __init__(self, size):
-        self.size, self.resize = size, v2.Identity() if size == 32 else v2.Resize((size, size))
-
-    def __call__(self, image, epoch, index):
-        return self.resize(v2.functional.pil_to_tensor(image))
-
-    def number(self, epoch, index):
-        return CENTRE if self.size == 32 else -1
 
 
 class Images(Dataset):
@@ -208,14 +40,9 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        for number in chain(range(index, len(self)), range(index)):
-            try:
-                image, target = self.source.load(number)
-            except Exception:  # whatever a decoder makes of a broken file
-                continue
-            return Batch(self.view(image, epoch, number), target, number, -1 if number == index else index,
-                         view=self.view.number(epoch, number))
-        raise RuntimeError('not one image can be read')
+        image, target, number = load_or_next(self.source, index)
+        return Batch(self.view(image, epoch, number), target, number, -1 if number == index else index,
+                     view=self.view.number(epoch, number))
 
     def complaint(self, index) -> str:
         """What is wrong with an unreadable image, for the log."""
@@ -233,12 +60,19 @@ class Prepare:
         mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in STATISTICS[args.dataset])
         self.mean, self.std, self.device = mean, std, device
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.copying = torch.cuda.Stream(device) if device.type == 'cuda' else None
         mixers = [v2.MixUp(alpha=args.mixup, num_classes=mix_classes)] if args.mixup else []
         mixers += [v2.CutMix(alpha=args.cutmix, num_classes=mix_classes)] if args.cutmix else []
         self.mix = v2.RandomChoice(mixers) if mixers and mix_classes else None
 
     def __call__(self, batch: Batch) -> Batch:
-        images, target, index = (x.to(self.device, non_blocking=True) for x in batch[:3])
+        with torch.cuda.stream(self.copying):  # while the device still works on the batch before
+            images, target, index = there = [x.to(self.device, non_blocking=True) for x in batch[:3]]
+        if self.copying:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.copying)
+            for x in there:
+                x.record_stream(now)
         images = images.to(memory_format=self.format).float().div_(255).sub_(self.mean).div_(self.std)
         if self.mix:
             images, target = self.mix(images, target)
@@ -261,6 +95,20 @@ class ResidentLoader:
             there = index.to(device, non_blocking=True)
             yield Batch(self.resident.views(there, view.to(device, non_blocking=True)), self.resident.targets[there],
                         index, torch.full_like(index, -1), view=view)
+
+
+class CropLoader(ResidentLoader):
+    """The same with images of any size, for CropView. On a CPU its batches are those of a DataLoader to the bit."""
+
+    def __iter__(self):
+        view, resident = self.dataset.view, self.resident
+        for keys in self.batch_sampler:
+            asked = torch.tensor([number for _, number in keys])
+            index = resident.numbers[asked]
+            boxes = view.boxes(keys[0][0], index.tolist(), resident.sizes[asked].tolist())
+            targets = resident.targets[asked.to(resident.targets.device)]
+            yield Batch(resident.crops(asked, boxes, view.size), targets, index,
+                        torch.where(index == asked, -1, asked), view=torch.full_like(index, -1))
 
 
 class TrainData:
@@ -291,7 +139,7 @@ class TrainData:
         return len(bad)
 
     def resident(self, device) -> Resident:
-        return getattr(self.loader, 'resident', None) or Resident(self.images.source, device)
+        return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)
 
 
 def make_loader(images, order, args):
@@ -300,7 +148,7 @@ def make_loader(images, order, args):
     loader = DataLoader(images, batch_sampler=order, num_workers=args.workers, persistent_workers=args.workers > 0,
                         pin_memory=torch.cuda.is_available() and not args.no_accel, worker_init_fn=_worker,
                         generator=torch.Generator(), multiprocessing_context=fork)
-    distributed.at_end.callback(_dismiss_workers, loader)
+    distributed.at_end.callback(dismiss_workers, loader)
     return loader
 
 
@@ -308,7 +156,7 @@ def _worker(number):
     signals.ignore()
 
 
-def _dismiss_workers(loader):
+def dismiss_workers(loader):
     """They ignore signals: they have to be told to go before multiprocessing, at exit, sends them one and waits."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
@@ -319,39 +167,31 @@ def global_batch(args) -> int:
     return args.batch_size * distributed.nodes()
 
 
-def find_split(root: str, *names: str) -> Path:
-    if not Path(root).is_dir():
-        sys.exit(f'error: the data folder {root} does not exist')
-    for name in names:
-        if (Path(root) / name).is_dir():
-            return Path(root) / name
-    sys.exit(f'error: {root} has no {" or ".join(name + "/" for name in names)}')
-
-
-def load_source(args, train: bool):
-    if args.dummy:
-        length = args.dummy_images if train else max(args.dummy_images // 4, 1)
-        classes = {'imagefolder': 1000, 'cifar10': 10, 'cifar100': 100}[args.dataset]
-        return Dummy(length, classes, args.image_size if args.dataset == 'imagefolder' else 32)
-    if args.dataset == 'imagefolder':
-        return Folder(find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val'))
-    return Cifar(args.dataset, args.data, train)
-
-
-def on_device(args) -> bool:
-    """Whether the images live on the device: --data-backend, which check() has found to be possible."""
-    beyond = beyond_crop_and_flip(args)
-    if args.data_backend == 'device' or (args.data_backend == 'auto' and not beyond):
+def on_device(args, train, device) -> bool:
+    """Whether the images to train with live on the device: --data-backend, which check() has found to be possible."""
+    against = beyond_the_device(args) or (why_not(train, device) if args.dataset == 'imagefolder' else '')
+    asked = args.data_backend == 'device' and (train or args.dataset != 'imagefolder')  # whose evaluation is PIL's
+    if asked or (args.data_backend == 'auto' and not against):
         distributed.say('data: images on the device, cropped and flipped there')
         return True
-    distributed.say(f'data: images from {args.workers} loader processes per rank' + f' ({beyond})' * bool(beyond))
+    distributed.say(f'data: images from {args.workers} loader processes per rank' + f' ({against})' * bool(against))
     return False
+
+
+def why_not(train, device) -> str:
+    """What speaks against image folders on the device, if something does."""
+    if not isinstance(train, Shards):
+        return 'images are not prepared with --format raw' if train else '--evaluate'
+    if device.type != 'cuda':
+        return 'the files are in its memory anyway'
+    size, free = sum(height * width * 3 for height, width in train.sizes), torch.cuda.mem_get_info(device)[0]
+    return f'{size / 1e9:.1f} GB of images, {free / 1e9:.1f} GB free on the device' if size > free / 2 else ''
 
 
 def load_data(args, seed: int, device: torch.device):
     """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
-    valid = load_source(args, train=False)
-    train = None if args.evaluate else load_source(args, train=True)
+    valid = together.shared('valid', lambda: load_source(args, train=False))
+    train = None if args.evaluate else together.shared('train', lambda: load_source(args, train=True))
     if train and train.classes != valid.classes:
         only = [f'{c} is only in {where}' for where, these, those in
                 (('train', train.classes, valid.classes), ('valid', valid.classes, train.classes))
@@ -362,13 +202,18 @@ def load_data(args, seed: int, device: torch.device):
     rank, world, batch = distributed.rank(), distributed.world(), global_batch(args)
     if batch < world:
         sys.exit(f'error: a batch of {batch} is smaller than the number of ranks, {world}')
-    resident, folder = on_device(args), args.dataset == 'imagefolder'
+    resident = together.shared('on device', lambda: on_device(args, train, device))  # what is there takes memory
+    folder = args.dataset == 'imagefolder'
     plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
 
     def loaders(source, *views_and_orders):
-        if not resident:
+        if not resident or (folder and source is valid):
             return [make_loader(Images(source, view), order, args) for view, order in views_and_orders]
-        held = Resident(source, device)
+        if folder:
+            held = together.shared('images', lambda: ResidentImages(source, device, args.workers))
+            (view, order), (_, sample) = views_and_orders
+            return CropLoader(Images(source, view), order, held), make_loader(Images(source, plain), sample, args)
+        held = together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
         return [ResidentLoader(Images(source, view), order, held) for view, order in views_and_orders]
 
     evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), share, rank, world)))

@@ -1,6 +1,6 @@
 """CIFAR's images on the device, and the 162 views of each that crop and flip can ask for.
 
-A view's number is (row * 9 + column) * 2 + flip, with row and column of the crop in the image padded with 4 zeros.
+A view's number is (row * 9 + column) * 2 + flip, with row and column of the crop in the image padded by 4.
 """
 import hashlib
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 VIEWS = 9 * 9 * 2
 CENTRE = (4 * 9 + 4) * 2  # the image as it is
 PLACES = torch.tensor([18, 2, 1])
+REFLECTED = torch.tensor([4, 3, 2, 1, *range(32), 30, 29, 28, 27])
 
 
 def view_number(shift: torch.Tensor) -> torch.Tensor:
@@ -18,10 +19,15 @@ def view_number(shift: torch.Tensor) -> torch.Tensor:
     return shift @ PLACES
 
 
+def pad(images: torch.Tensor, padding: str) -> torch.Tensor:
+    """[..., 32, 32] -> [..., 40, 40]"""
+    return F.pad(images, (4, 4, 4, 4)) if padding == 'zeros' else images[..., REFLECTED[:, None], REFLECTED]
+
+
 class Resident:
-    def __init__(self, source, device: torch.device):
+    def __init__(self, source, device: torch.device, padding: str = 'zeros'):
         pixels = torch.from_numpy(np.stack([np.asarray(source.load(i)[0]) for i in range(len(source))]))
-        self.padded = F.pad(pixels.permute(0, 3, 1, 2), (4, 4, 4, 4)).contiguous().to(device)  # [N, 3, 40, 40]
+        self.padded = pad(pixels.permute(0, 3, 1, 2), padding).contiguous().to(device)  # [N, 3, 40, 40]
         self.targets = torch.tensor(source.targets, device=device)
 
     def views(self, index: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

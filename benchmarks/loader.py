@@ -1,0 +1,106 @@
+"""From image files to batches that a device could normalise, in CPU time of this process and its workers."""
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.args import base_parser, check
+from utils.crops import ResidentImages
+from utils.data import CropLoader, Images, dismiss_workers, make_loader
+from utils.order import TrainOrder
+from utils.sources import load_source
+from utils.views import STATISTICS, CropView
+
+from .harness import Case, Row, Settings, Variant
+from .plain import plain_loader
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def photo(rng, width: int, height: int) -> Image.Image:
+    """Blotches of all sizes, the larger the stronger, and some noise of a sensor: as hard to compress as a photo."""
+    pixels = np.full((height, width, 3), 120.0)
+    for octave in range(1, 9):
+        coarse = rng.normal(0, 70 / octave ** 1.2, (2 ** octave, 2 ** octave, 3)).clip(-128, 127) + 128
+        image = Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        pixels += np.asarray(image, float) - 128
+    return Image.fromarray((pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write_folder(root: Path, images: int, different: int, width: int, height: int):
+    """An image folder of two classes, in which each image is there several times."""
+    for number in range(different):
+        drawn = photo(np.random.default_rng(number), *((width, height) if number % 4 else (height, width)))
+        for name in range(number, images, different):
+            path = root / 'train' / 'ab'[number % 2] / f'{name}.jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.save(path, quality=90)
+    (root / 'valid').symlink_to('train')
+
+
+def prepare(source: Path, form: str) -> Path:
+    target = source.parent / form
+    subprocess.run([sys.executable, ROOT / 'scripts' / 'prepare.py', source, target, '--format', form],
+                   check=True, stdout=subprocess.DEVNULL)
+    return target
+
+
+class Colours:
+    """Mean and deviation of every channel, from some of the pixels, on a scale to 255."""
+
+    def __init__(self):
+        self.pixels = []
+
+    def see(self, images):
+        self.pixels.append(images[:, :, ::16, ::16].double().transpose(0, 1).flatten(1).cpu())
+
+    def result(self, mean=(0, 0, 0), std=(1, 1, 1), scale=1) -> dict:
+        pixels = torch.cat(self.pixels, 1)
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (mean, std))
+        return {'mean': scale * (pixels.mean(1) * std + mean), 'std': scale * pixels.std(1) * std}
+
+
+def loader(settings: Settings, images=512, different=128, width=500, height=375, batch=64) -> Case:
+    kept = TemporaryDirectory()
+    folder = Path(kept.name) / 'images'
+    write_folder(folder, images, different, width, height)
+
+    def classic():
+        colours = Colours()
+        for seen, _ in plain_loader(Path(kept.name) / 'images' / 'train', batch, workers=1):
+            colours.see(seen)
+        return colours.result(*STATISTICS['imagefolder'], scale=255)
+
+    def ours(root: Path, workers: int, resident=False, flags=()):
+        parser = base_parser('')
+        args = check(parser, parser.parse_args([str(root), '-j', str(workers), *flags]))
+        source, order = load_source(args, train=True), TrainOrder(images, batch, 1, 0, 0, 1)
+        data = Images(source, CropView(args, seed=0))
+        held = ResidentImages(source, settings.device, 1) if resident else None
+
+        def run():
+            colours, loaded = Colours(), CropLoader(data, order, held) if resident else make_loader(data, order, args)
+            for seen in loaded:
+                colours.see(seen.images)
+            if workers:
+                dismiss_workers(loaded)  # what they have spent is known when they have gone
+            return colours.result()
+        return Variant(run)
+
+    jpeg, raw = (prepare(folder, form) for form in ('jpeg', 'raw'))
+    variants = {
+        'classic': Variant(classic),
+        'folder': ours(folder, 1),
+        'folder, exact pixels': ours(folder, 1, flags=['--exact-pixels']),
+        'prepared': ours(jpeg, 1),
+        'raw': ours(raw, 0),
+        'raw, on the device': ours(raw, 0, resident=True),
+    }
+    row = partial(Row, baseline='classic', tolerance=0.05)  # other crops of the same images
+    return Case(variants, [row('folder', goal=1.7), row('folder, exact pixels', goal=None), row('prepared', goal=2.7),
+                           row('raw', goal=8.0), row('raw, on the device', goal=None)])

@@ -1,0 +1,198 @@
+"""Store the images of a folder once, with their shorter side at the size that training needs, to be read faster.
+
+    python scripts/prepare.py /imagenet /imagenet256                              JPEGs, in the same folders
+    python scripts/prepare.py /cub /cub256 --format raw                           pixels, 3 bytes each
+
+The main scripts read the copy as any folder. What is in it already is passed over, so the same command goes on with
+what was interrupted. Images that cannot be read are named in manifest.json and left out; smaller ones stay as they are.
+The pixels are those of an evaluation at 224: with --format raw it scores the same to the digit.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.sources import Folder, read
+
+SHARD = 256  # images, some 70 MB
+
+
+class Damaged(Exception):
+    """A file of the copy is not what it should be."""
+
+
+def shrunk(path: str, size: int) -> Image.Image:
+    """As torchvision's Resize makes it, but never larger."""
+    image = read(path)
+    short, long = sorted(image.size)
+    if short <= size:
+        return image
+    long = int(size * long / short)
+    return image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BILINEAR)
+
+
+def store_jpeg(job: tuple, size: int, quality: int) -> dict:
+    """Of one image: {'images': how many are there, 'unreadable': {path: why}}."""
+    path, target = job
+    if not target.exists():
+        try:
+            image = shrunk(path, size)
+            with Image.open(path) as original:
+                as_it_is = original.format == 'JPEG' and original.size == image.size
+        except Exception as error:  # whatever a decoder makes of a broken file
+            return {'images': 0, 'unreadable': {path: str(error)}}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = target.with_name(target.name + '.tmp')
+        if as_it_is:
+            new.write_bytes(Path(path).read_bytes())
+        else:
+            image.save(new, 'JPEG', quality=quality)
+        if read(new).size != image.size:
+            raise Damaged(f'{new} does not read as it was written')
+        new.rename(target)
+    return {'images': 1, 'unreadable': {}}
+
+
+def store_shard(job: tuple, size: int) -> dict:
+    """Of some images: their pixels in a row in one file, then names, classes, heights and widths in another."""
+    samples, target = job
+    index = target.with_suffix('.json')
+    if not index.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new, images, unreadable, check = target.with_suffix('.tmp'), [], {}, 0
+        with open(new, 'wb') as file:
+            for path, name, label in samples:
+                try:
+                    pixels = np.asarray(shrunk(path, size))
+                except Exception as error:
+                    unreadable[path] = str(error)
+                    continue
+                check = zlib.crc32(pixels.tobytes(), check)
+                file.write(pixels.tobytes())
+                images.append((name, label, *pixels.shape[:2]))
+        if zlib.crc32(new.read_bytes()) != check:
+            raise Damaged(f'{new} does not read as it was written')
+        new.rename(target)
+        write_json(index, {'images': images, 'unreadable': unreadable})
+    found = json.loads(index.read_text())
+    if [name for name, *_ in found['images']] != [name for path, name, _ in samples if path not in found['unreadable']]:
+        raise Damaged(f'{index} has other images than there are now: remove the folder')
+    return {'images': len(found['images']), 'unreadable': found['unreadable']}
+
+
+def write_json(path: Path, content: dict):
+    new = path.with_suffix('.tmp')
+    new.write_text(json.dumps(content, indent=1) + '\n')
+    new.rename(path)
+
+
+def jobs_of(source: Path, target: Path, raw: bool) -> tuple[list[str], list]:
+    """The classes, and what is to be done for one split."""
+    folder = Folder(source)
+    names = [os.path.relpath(path, source) for path, _ in folder.samples]
+    if not raw:
+        named = [name if name.lower().endswith(('.jpg', '.jpeg')) else name + '.jpg' for name in names]
+        return folder.classes, [(path, target / name) for (path, _), name in zip(folder.samples, named)]
+    samples = [(path, name, label) for (path, label), name in zip(folder.samples, names)]
+    return folder.classes, [(samples[begin:begin + SHARD], target / f'{begin // SHARD:05}.raw')
+                            for begin in range(0, len(samples), SHARD)]
+
+
+def leave_with_parent():
+    """A process whose parent was killed, or that kept a signal handler of its parent's, would wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends it
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def progress(results, total: int, of: str):
+    began = told = time.time()
+    for done, result in enumerate(results, 1):
+        if time.time() - told > 1 or done == total:
+            told = time.time()
+            left = (told - began) / done * (total - done)
+            print(f'\r{of}: {done:,} of {total:,}, {left / 60:.0f} minutes left ', end='', flush=True)
+        yield result
+    print()
+
+
+def stored(target: Path, classes: list[str], raw: bool) -> dict[str, int]:
+    """How many images of each class lie in a split of the copy."""
+    if raw:
+        indexes = [json.loads(path.read_text()) for path in target.glob('*.json')]
+        names = [Path(name) for index in indexes for name, *_ in index['images']]
+    else:
+        names = [Path(folder, file).relative_to(target) for folder, _, files in os.walk(target) for file in files]
+    found = Counter(name.parts[0] for name in names)
+    return {name: found[name] for name in classes}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', type=Path, metavar='SRC', help='folder with train/ and valid/ or val/')
+    parser.add_argument('target', type=Path, metavar='DST')
+    parser.add_argument('--size', type=int, default=256, metavar='PIXELS', help='of the shorter side (%(default)s)')
+    parser.add_argument('--format', choices=('jpeg', 'raw'), default='jpeg', help='%(default)s')
+    parser.add_argument('--quality', type=int, default=90, metavar='1..100', help='of the JPEGs (%(default)s)')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes (one per core)')
+    args = parser.parse_args()
+    if args.size < 1 or args.workers < 1 or not 1 <= args.quality <= 100:
+        parser.error('--size and --workers must be at least 1, --quality 1 to 100')
+    splits = [name for name in ('train', 'valid', 'val') if (args.source / name).is_dir()]
+    if not splits:
+        sys.exit(f'error: {args.source} has no train/, valid/ or val/')
+    raw = args.format == 'raw'
+    made = {'by': 'scripts/prepare.py', 'source': str(args.source.resolve()), 'format': args.format, 'size': args.size,
+            'quality': None if raw else args.quality}
+    manifest = args.target / 'manifest.json'
+    try:
+        if manifest.exists():
+            there = json.loads(manifest.read_text())
+            if {key: there.get(key) for key in made} != made:
+                sys.exit(f'error: {args.target} was made otherwise: remove it, or name another folder')
+        elif args.target.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
+            sys.exit(f'error: {args.target} holds something else: remove it, or name another folder')
+        args.target.mkdir(parents=True, exist_ok=True)
+        write_json(manifest, made | {'complete': False})
+        convert(args, made, splits, raw)
+    except (OSError, Damaged) as error:
+        sys.exit(f'\nerror: writing to {args.target}: {error}')
+
+
+def convert(args, made: dict, splits: list[str], raw: bool):
+    store = partial(store_shard, size=args.size) if raw else partial(store_jpeg, size=args.size, quality=args.quality)
+    counts, unreadable = {}, {}
+    for split in splits:
+        classes, jobs = jobs_of(args.source / split, args.target / split, raw)
+        with multiprocessing.Pool(args.workers, leave_with_parent) as pool:
+            results = list(progress(pool.imap_unordered(store, jobs, 1 if raw else 16), len(jobs), split))
+        counts[split] = stored(args.target / split, classes, raw)
+        expected, found = sum(result['images'] for result in results), sum(counts[split].values())
+        if expected != found:
+            sys.exit(f'error: {args.target / split} holds {found} images instead of {expected}: remove it')
+        for result in results:
+            unreadable |= result['unreadable']
+    total = sum(sum(of_split.values()) for of_split in counts.values())
+    write_json(args.target / 'manifest.json', made | {'complete': total > 0, 'images': counts,
+                                                      'unreadable': dict(sorted(unreadable.items()))})
+    for path, why in sorted(unreadable.items()):
+        print(f'{path} cannot be read: {why}', file=sys.stderr)
+    print(f'{args.target}: {total:,} images' + f', {len(unreadable)} cannot be read' * bool(unreadable))
+    if not total:
+        sys.exit(f'error: not one image of {args.source} can be read')
+
+
+if __name__ == '__main__':
+    main()

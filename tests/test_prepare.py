@@ -1,0 +1,197 @@
+"""Prepared folders: what is in them, that they are finished, and what training and evaluation see of them."""
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, start, write_images
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from scripts import prepare
+from utils import data
+from utils.args import base_parser, check
+from utils.crops import ResidentImages
+from utils.data import CropLoader, Images, ResidentLoader, make_loader
+from utils.order import TrainOrder
+from utils.sources import Folder, Shards, load_source, read
+from utils.views import CropView
+
+CPU = torch.device('cpu')
+
+
+def arguments(root, *flags):
+    parser = base_parser('')
+    return check(parser, parser.parse_args([str(root), '-j', '0', '--image-size', '28', *map(str, flags)]))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 48 x 40, with a tall image, a small one, another format, and two that cannot be read."""
+    write_images(tmp_path / 'src' / 'train', 4, seed=0)
+    write_images(tmp_path / 'src' / 'val', 2, seed=1)
+    odd = tmp_path / 'src' / 'train' / 'bee'
+    noise = np.random.default_rng(0).integers(0, 256, (90, 50, 3), np.uint8)
+    Image.fromarray(noise).save(odd / 'tall.png')
+    Image.fromarray(noise[:20, :30]).save(odd / 'small.jpg')
+    (odd / 'text.jpg').write_text('this is not an image')
+    (odd / 'truncated.jpg').write_bytes((odd / '0.jpg').read_bytes()[:400])
+    return tmp_path / 'src'
+
+
+@pytest.fixture
+def prepared(folder, monkeypatch, capfd):
+    def run(form='jpeg', target='dst', size=32):
+        target = folder.parent / target
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', str(folder), str(target), '--format', form, '--size', str(size),
+                                          '--workers', '2'])
+        prepare.main()
+        run.err = capfd.readouterr().err
+        return target
+    return run
+
+
+@pytest.mark.parametrize('form', ['jpeg', 'raw'])
+def test_every_image_is_there_once_and_small(prepared, folder, form):
+    target = prepared(form)
+    manifest = json.loads((target / 'manifest.json').read_text())
+    assert manifest['images'] == {'train': {'ant': 4, 'bee': 6, 'cat': 4}, 'val': {'ant': 2, 'bee': 2, 'cat': 2}}
+    assert manifest['complete'] and manifest['size'] == 32 and manifest['source'] == str(folder)
+    assert sorted(path.rsplit('/', 1)[1] for path in manifest['unreadable']) == ['text.jpg', 'truncated.jpg']
+    assert prepared.err.count('cannot be read') == 2
+    source = load_source(arguments(target), train=True)
+    assert type(source) is (Shards if form == 'raw' else Folder) and source.classes == ['ant', 'bee', 'cat']
+    assert source.targets == [0] * 4 + [1] * 6 + [2] * 4
+    sizes = [tuple(source.load(i)[0].shape) for i in range(len(source))]
+    tall, small = [next(i for i in range(14) if name in source.name(i)) for name in ('tall', 'small')]
+    assert sizes[tall] == (3, 57, 32) and sizes[small] == (3, 20, 30)  # int(32 * 90 / 50); not enlarged
+    assert {size for i, size in enumerate(sizes) if i not in (tall, small)} == {(3, 32, 38)}
+    for i in range(14):
+        assert source.load(i)[0].float().std() > 5
+    assert not list(target.rglob('*.tmp'))
+
+
+def test_raw_pixels_score_as_the_originals(prepared, folder):
+    """A folder made for 256 and seen at 224, here an eighth of both: PIL's pixels of the classic evaluation."""
+    args, raw = arguments(prepared('raw')), load_source(arguments(prepared('raw')), train=False)
+    classic = load_source(arguments(folder), train=False)
+    view = data.CenterView(args.image_size)
+    assert len(raw) == len(classic) == 6
+    for i in range(6):
+        assert torch.equal(view(raw.load(i)[0], 0, i), view(classic.load(i)[0], 0, i))
+
+
+@pytest.mark.parametrize('form', ['jpeg', 'raw'])
+def test_another_call_goes_on(prepared, folder, form):
+    target = prepared(form)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (target / 'train').rglob('*.*')}
+    gone = sorted(before)[0]  # of a shard the index: it is written last
+    gone.unlink()
+    manifest = json.loads((target / 'manifest.json').read_text())
+    (target / 'manifest.json').write_text(json.dumps(manifest | {'complete': False}))
+    with pytest.raises(SystemExit, match='not complete'):
+        load_source(arguments(target), train=True)
+    prepared(form)
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before}
+    assert after[gone][1] == before[gone][1]
+    assert {path for path in before if after[path][0] != before[path][0]} <= {gone, gone.with_suffix('.raw')}
+    with pytest.raises(SystemExit, match='made otherwise'):
+        prepared(form, size=30)
+
+
+def test_killed_and_started_again(folder):
+    for number in range(300):
+        os.link(folder / 'train' / 'ant' / '0.jpg', folder / 'train' / 'ant' / f'more{number}.jpg')
+    target = folder.parent / 'dst'
+    command = [sys.executable, ROOT / 'scripts' / 'prepare.py', folder, target, '--size', 36, '--workers', 1]
+    process = start(*command)
+    while process.poll() is None and len(list(target.rglob('*.jpg'))) < 5:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not json.loads((target / 'manifest.json').read_text())['complete']
+    for path in target.rglob('*.jpg'):
+        assert min(read(path).size) == 36
+    again = start(*command)
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and '320 images' in out
+    assert json.loads((target / 'manifest.json').read_text())['images']['train']['ant'] == 304
+
+
+def test_nothing_usable_is_an_error(prepared, folder):
+    for path in folder.rglob('*.*g'):
+        path.write_bytes(b'')
+    with pytest.raises(SystemExit, match='not one image'):
+        prepared('jpeg')
+    (folder.parent / 'other').mkdir()
+    (folder.parent / 'other' / 'file').touch()
+    with pytest.raises(SystemExit, match='holds something else'):
+        prepared('jpeg', 'other')
+
+
+# On the device
+
+def loaders(source, seed=5):
+    args, view = arguments('x'), CropView(arguments('x'), seed)
+    order = TrainOrder(len(source), 4, 1, seed, 0, 1)
+    return (make_loader(Images(source, view), order, args),
+            CropLoader(Images(source, view), order, ResidentImages(source, CPU, 2)))
+
+
+def test_batches_are_those_of_loader_processes(folder):
+    """Also where images cannot be read: the same stand-ins, marked alike."""
+    for source in (Folder(folder / 'train'), Folder(folder / 'train', by_pil=True)):
+        a, b = ([batch for _, micro in data.TrainData(loader).updates(2, 4) for batch in micro]
+                for loader in loaders(source))
+        assert len(a) == len(b) == 3 and any((batch.bad >= 0).any() for batch in a)
+        for x, y in zip(a, b):
+            for name in ('target', 'index', 'bad', 'view'):
+                assert torch.equal(getattr(x, name), getattr(y, name)), name
+            assert (x.images.int() - y.images.int()).abs().max() <= source.by_pil  # those on the device are torch's
+
+
+def test_products_of_matrices_resize_as_torch_and_pil_do(folder):
+    source = Folder(folder / 'train')
+    held, view = ResidentImages(source, CPU, 1), CropView(arguments('x', '--image-size', 31), 3)
+    numbers = torch.arange(len(source)).repeat(6)
+    boxes = torch.cat([view.boxes(epoch, range(len(source)), held.sizes.tolist()) for epoch in range(6)])
+    boxes[:3] = torch.tensor([[0, 0, 40, 48, 0], [3, 5, 33, 1, 1], [39, 0, 1, 48, 1]])  # whole, and the thinnest
+    ours, theirs = held.resample(numbers, boxes, 31).int(), held.crops(numbers, boxes, 31).int()
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1
+    assert (ours != theirs).float().mean() < 0.05
+    by_pil = Image.fromarray(held.pixels[:40 * 48].view(40, 48, 3).numpy()).resize((31, 31), Image.Resampling.BILINEAR)
+    assert (ours[0].permute(1, 2, 0) - torch.tensor(np.asarray(by_pil)).int()).abs().max() <= 1
+
+
+def test_the_choice_is_said(prepared, folder, capfd, monkeypatch):
+    def chosen(root, *flags, device=CPU):
+        train, valid, _ = data.load_data(arguments(root, '-b', 4, *flags), 1, device)
+        assert not isinstance(valid, ResidentLoader)
+        return type(train.loader), capfd.readouterr().out
+
+    raw = prepared('raw')
+    assert chosen(folder) == (DataLoader, 'data: images from 0 loader processes per rank (images are '
+                                       'not prepared with --format raw)\n')
+    assert chosen(raw)[0] is DataLoader
+    for root in (folder, raw):
+        kind, said = chosen(root, '--data-backend', 'device')
+        assert kind is CropLoader and 'images on the device' in said
+    source, gpu = load_source(arguments(raw), train=True), torch.device('cuda')
+    for free, expected in ((10**9, ''), (10**4, '0.0 GB of images, 0.0 GB free on the device')):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device, free=free: (free, 10**9))
+        assert data.why_not(source, gpu) == expected
+
+
+def test_training_on_a_prepared_folder(base, prepared, tmp_path):
+    raw = prepared('raw')
+    runs = {name: base(raw, '--epochs', 1, '--output', tmp_path / name, '-b', 4, *flags)
+            for name, flags in {'loader': [], 'device': ['--data-backend', 'device']}.items()}
+    for name, run in runs.items():
+        assert run.code == 0, name + run.err
+    for key, value in runs['loader'].weights().items():
+        assert torch.equal(value, runs['device'].weights()[key])
+    assert base(raw, '--data-backend', 'device', '--auto-augment', 'randaugment').code == 2

@@ -1,0 +1,185 @@
+"""Where images come from.
+
+A source has len, classes, targets (class number of every sample), load(index) -> (image, class number), and name(index)
+for messages. An image is PIL's, or uint8 [3, H, W]. Where both will do the tensor is taken: torchvision crops and
+resizes it in a third of the time.
+"""
+import json
+import os
+import sys
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import decode_jpeg
+
+from . import distributed
+
+
+class Folder:
+    """root/class/image, as torchvision's ImageFolder: classes in sorted order."""
+
+    def __init__(self, root: Path, by_pil=False):
+        self.by_pil = by_pil
+        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if not self.classes:
+            sys.exit(f'error: {root} has no class folders')
+        self.samples = []
+        for number, name in enumerate(self.classes):
+            before = len(self.samples)
+            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+                self.samples += [(os.path.join(folder, file), number) for file in sorted(files)
+                                 if file.lower().endswith(IMG_EXTENSIONS)]
+            if len(self.samples) == before:
+                sys.exit(f'error: {root / name} has no images ({" ".join(IMG_EXTENSIONS)})')
+        self.targets = [target for _, target in self.samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def name(self, index):
+        return self.samples[index][0]
+
+    def load(self, index):
+        path, target = self.samples[index]
+        jpeg = None if self.by_pil else read_jpeg(path)
+        return read(path) if jpeg is None else jpeg, target
+
+
+def read(path) -> Image.Image:
+    with Image.open(path) as image:
+        if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip instead of scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert('RGB')
+
+
+def read_jpeg(path) -> torch.Tensor | None:
+    """The pixels that read() has, or None: of another format, in other colours, or damaged, which PIL is to judge."""
+    content = np.fromfile(path, np.uint8)
+    if content[:3].tobytes() != b'\xff\xd8\xff':
+        return None
+    try:
+        pixels = decode_jpeg(torch.from_numpy(content))
+    except RuntimeError:
+        return None
+    return pixels.expand(3, -1, -1) if len(pixels) in (1, 3) else None
+
+
+class Shards:
+    """What scripts/prepare.py --format raw leaves: the pixels of many images to a file, which is mapped into memory."""
+
+    def __init__(self, root: Path, classes: list[str], by_pil=False):
+        self.root, self.classes, self.by_pil, self.samples, self.sizes = root, classes, by_pil, [], []
+        self.shards = [path.stem for path in sorted(root.glob('*.json'))]
+        for shard, stem in enumerate(self.shards):
+            offset = 0
+            for name, target, height, width in json.loads((root / f'{stem}.json').read_text())['images']:
+                self.samples.append((name, target, shard, offset))
+                self.sizes.append((height, width))
+                offset += height * width * 3
+        self.targets = [target for _, target, _, _ in self.samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def name(self, index):
+        return f'{self.root}: {self.samples[index][0]}'
+
+    @cached_property
+    def files(self) -> list[torch.Tensor]:
+        paths = [self.root / f'{stem}.raw' for stem in self.shards]
+        return [torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8) for path in paths]
+
+    def load(self, index):
+        (_, target, shard, offset), (height, width) = self.samples[index], self.sizes[index]
+        pixels = self.files[shard][offset:offset + height * width * 3].view(height, width, 3)
+        return Image.fromarray(pixels.numpy()) if self.by_pil else pixels.permute(2, 0, 1), target
+
+
+class Cifar:
+    def __init__(self, name: str, root: str, train: bool):
+        kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
+        try:
+            if distributed.is_main():  # one rank downloads
+                kind(root, train, download=True)
+            distributed.agree(0)
+            official = kind(root, train)
+        except (OSError, RuntimeError) as error:
+            sys.exit(f'error: no {name} in {root}, and it cannot be downloaded: {error}')
+        self.classes, self.images, self.targets = official.classes, official.data, official.targets
+        self.name = f'{name} {"train" if train else "test"} image {{}}'.format
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, index):
+        return Image.fromarray(self.images[index]), self.targets[index]
+
+
+class Dummy:
+    """Noise with labels, each a function of the index."""
+
+    def __init__(self, length: int, classes: int, size: int):
+        self.size, self.classes = size, [str(c) for c in range(classes)]
+        self.targets = [index % classes for index in range(length)]
+        self.name = 'dummy image {}'.format
+
+    def __len__(self):
+        return len(self.targets)
+
+    def load(self, index):
+        noise = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
+        return Image.fromarray(noise), self.targets[index]
+
+
+def load_or_next(source, index: int) -> tuple:
+    """Image, class and number of a sample or, where it cannot be read, of the next one that can."""
+    for number in chain(range(index, len(source)), range(index)):
+        try:
+            return *source.load(number), number
+        except Exception:  # whatever a decoder makes of a broken file
+            continue
+    raise RuntimeError('not one image can be read')
+
+
+def find_split(root: str, *names: str) -> Path:
+    if not Path(root).is_dir():
+        sys.exit(f'error: the data folder {root} does not exist')
+    for name in names:
+        if (Path(root) / name).is_dir():
+            return Path(root) / name
+    sys.exit(f'error: {root} has no {" or ".join(name + "/" for name in names)}')
+
+
+def load_source(args, train: bool):
+    if args.dummy:
+        length = args.dummy_images if train else max(args.dummy_images // 4, 1)
+        classes = {'imagefolder': 1000, 'cifar10': 10, 'cifar100': 100}[args.dataset]
+        return Dummy(length, classes, args.image_size if args.dataset == 'imagefolder' else 32)
+    if args.dataset != 'imagefolder':
+        return Cifar(args.dataset, args.data, train)
+    root = find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val')
+    by_pil = args.exact_pixels or not train  # published scores are of PIL's pixels
+    made = manifest(args.data)
+    if made.get('format') == 'raw':
+        return Shards(root, list(made['images'][root.name]), by_pil)
+    return Folder(root, by_pil)
+
+
+def manifest(root: str) -> dict:
+    """What scripts/prepare.py noted about a folder it made; of any other, nothing."""
+    path = Path(root) / 'manifest.json'
+    try:
+        made = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return {}
+    if made.get('by') != 'scripts/prepare.py':
+        return {}
+    if not made['complete']:
+        sys.exit(f'error: {root} is not complete: start scripts/prepare.py again')
+    return made

@@ -1,0 +1,117 @@
+"""How images are augmented.
+
+A view maps (image, epoch, index), the image of PIL or a uint8 tensor [3, H, W], to a uint8 tensor [3, size, size];
+number(epoch, index) is that of the view, of one sample or of several.
+"""
+from functools import lru_cache
+
+import torch
+from torchvision.transforms import v2
+
+from .args import beyond_crop_and_flip, further_augmentation
+from .crops import cut
+from .randomness import generator, seeded
+from .resident import CENTRE, pad, view_number
+
+STATISTICS = {  # mean and std of the normalisation; four digits, as published teachers had them
+    'imagefolder': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def random_extras(args):
+    """What may follow crop and flip: a policy, an erased rectangle (in the mean colour, which normalises to 0)."""
+    linear = v2.InterpolationMode.BILINEAR
+    policy = v2.AutoAugmentPolicy.IMAGENET if args.dataset == 'imagefolder' else v2.AutoAugmentPolicy.CIFAR10
+    policies = {'off': lambda: v2.Identity(), 'autoaugment': lambda: v2.AutoAugment(policy, linear),
+                'randaugment': lambda: v2.RandAugment(interpolation=linear),
+                'trivialaugment': lambda: v2.TrivialAugmentWide(interpolation=linear),
+                'augmix': lambda: v2.AugMix(interpolation=linear)}
+    mean = [round(255 * m) for m in STATISTICS[args.dataset][0]]
+    erasing = v2.RandomErasing(args.random_erasing, value=mean) if args.random_erasing else v2.Identity()
+    return v2.Compose([policies[args.auto_augment](), erasing])
+
+
+class CropView:
+    """The ImageNet recipe: a random crop of random size, flip."""
+
+    def __init__(self, args, seed):
+        self.seed, self.size, self.crop = seed, args.image_size, v2.RandomResizedCrop(args.image_size)
+        self.extras = random_extras(args) if further_augmentation(args) else None
+
+    def draw(self, image) -> tuple:
+        """What RandomResizedCrop and RandomHorizontalFlip draw: top, left, height, width, flip."""
+        box = self.crop.make_params([image])
+        return box['top'], box['left'], box['height'], box['width'], torch.rand(1).item() < 0.5
+
+    def boxes(self, epoch, numbers, sizes) -> torch.Tensor:
+        """[B, 5], what is drawn for images of these numbers, of which height and width are enough to know."""
+        drawn = []
+        for number, size in zip(numbers, sizes):
+            with seeded(self.seed, 'view', epoch, number):
+                drawn.append(self.draw(torch.empty(1, 1, 1).expand(3, *size)))
+        return torch.tensor(drawn)
+
+    def __call__(self, image, epoch, index):
+        with seeded(self.seed, 'view', epoch, index):
+            image = cut(image, *self.draw(image), self.size)
+            return self.extras(image) if self.extras else image
+
+    def number(self, epoch, index):
+        return -1
+
+
+class CenterView:
+    """Shorter side to 256/224 of the size, then the centre."""
+
+    def __init__(self, size):
+        self.transform = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __call__(self, image, epoch, index):
+        return self.transform(image)
+
+    def number(self, epoch, index):
+        return -1
+
+
+@lru_cache(maxsize=16)  # two of each run that trains beside others
+def shifts(seed: int, epoch: int, length: int) -> torch.Tensor:
+    """Row, column (0..8) and flip (0, 1) of every CIFAR image in an epoch: one table, the same on every device."""
+    draw = generator(seed, 'shifts', epoch)
+    return torch.cat([torch.randint(9, (length, 2), generator=draw), torch.randint(2, (length, 1), generator=draw)], 1)
+
+
+class ShiftView:
+    """The CIFAR recipe: a crop out of the image padded by 4, flip."""
+
+    def __init__(self, args, seed, length):
+        self.seed, self.length, self.numbered = seed, length, not beyond_crop_and_flip(args)
+        self.padding = args.crop_padding
+        self.resize = v2.Identity() if args.image_size == 32 else v2.Resize((args.image_size, args.image_size))
+        self.extras = random_extras(args) if further_augmentation(args) else None
+
+    def __call__(self, image, epoch, index):
+        row, column, flip = shifts(self.seed, epoch, self.length)[index].tolist()
+        image = pad(v2.functional.pil_to_tensor(image), self.padding)[:, row:row + 32, column:column + 32]
+        image = self.resize(image.flip(2) if flip else image)
+        if self.extras is None:
+            return image
+        with seeded(self.seed, 'view', epoch, index):
+            return self.extras(image)
+
+    def number(self, epoch, index):
+        return view_number(shifts(self.seed, epoch, self.length)[index]) if self.numbered else -1
+
+
+class PlainView:
+    """A CIFAR image as it is."""
+
+    def __init__(self, size):
+        self.size, self.resize = size, v2.Identity() if size == 32 else v2.Resize((size, size))
+
+    def __call__(self, image, epoch, index):
+        return self.resize(v2.functional.pil_to_tensor(image))
+
+    def number(self, epoch, index):
+        return CENTRE if self.size == 32 else -1
