@@ -2,10 +2,12 @@
 from .cifar_data import cifar_data
 from .cifar_kd import cifar_kd
 from .features import mv2_features
+from .loader import loader
 from .memory import memory
 from .methods import methods
 from .mgd_flow import flow_assignment, flow_tracking
 from .mgd_step import mgd_overhead, mgd_step
+from .scaling import scaling
 
 CASES = {
     'mgd-step': mgd_step,
@@ -15,6 +17,8 @@ CASES = {
     'flow-assignment': flow_assignment,
     'memory': memory,
     'methods': methods,
+    'scaling': scaling,
     'cifar-kd': cifar_kd,
     'cifar-data': cifar_data,
+    'loader': loader,
 }

@@ -4,6 +4,7 @@ The machine may be busy, so what counts on a CPU is the process's own time, and 
 rounds of the ratio within a round.
 """
 import random
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from utils.setup import has_bf16
 
 CUDA_WARM_UP, CUDA_STEPS = 50, 200
 
@@ -103,9 +106,9 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
 def timed(run: Callable, device: torch.device, steps: int) -> tuple[float, dict]:
     """Milliseconds per step, and the result of the first."""
     if device.type == 'cpu':
-        start = time.process_time()
+        start = spent()
         result = run()
-        return 1e3 * (time.process_time() - start), result
+        return 1e3 * (spent() - start), result
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = run()
@@ -114,6 +117,12 @@ def timed(run: Callable, device: torch.device, steps: int) -> tuple[float, dict]
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / steps, result
+
+
+def spent() -> float:
+    """CPU seconds of this process, and of those it started that have ended."""
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + others.ru_utime + others.ru_stime
 
 
 def difference(row: Row, ours: dict, baseline: dict) -> float:
@@ -131,12 +140,7 @@ def difference(row: Row, ours: dict, baseline: dict) -> float:
 
 def available(precision: str, device: torch.device) -> bool:
     """bfloat16 is slower than float32 where the processor has no instructions for it."""
-    if precision != 'bf16':
-        return True
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported()
-    cpu = Path('/proc/cpuinfo')
-    return cpu.exists() and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu.read_text().split())
+    return precision != 'bf16' or has_bf16(device)
 
 
 def matmul_rate(precision: str, device: torch.device, n: int = 1024) -> float:
