@@ -1,8 +1,18 @@
-"""Networks by name: our own, which show their `Features`, and every classification network of torchvision.
+"""Networks by name: our own, which show their `Features`, and those of elsewhere, which `Foreign` makes show them.
+
+    resnet18                   ours, or else torchvision's classification network of this name
+    torchvision:resnet18       torchvision's
+    timm:resnet18.a1_in1k      timm's
+    package.module:function    what function(num_classes=N) returns; the current folder is searched, too
 
 Each of our own has `feature_channels`, `feature_norms` (the last norm before each stage's activation, or None) and
 `classifier` (the final linear layer), all read from its modules.
 """
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 
 import torchvision
@@ -10,8 +20,9 @@ from torch import nn
 
 from . import cifar, imagenet
 from .features import Features
+from .foreign import Foreign, Renormalised
 
-__all__ = ['NETWORKS', 'Features', 'create_model', 'model_names']
+__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names']
 
 NETWORKS = imagenet.NETWORKS | cifar.NETWORKS
 
@@ -28,35 +39,86 @@ def model_names() -> list[str]:
 
 
 def create_model(name: str, num_classes: int = 1000, pretrained: bool = False) -> nn.Module:
-    """Network `name`. With `pretrained` and another number of classes than the weights have, the head starts fresh."""
-    if name not in model_names():
-        close = ', '.join(get_close_matches(name, model_names())) or 'nothing'
-        raise ValueError(f'unknown model {name!r}, close to it: {close}')
-    if not pretrained:
-        return build(name, num_classes)
+    """Network `name`. With `pretrained` and another number of classes than the weights have, the head starts fresh.
 
-    model = load(name)
+    A function of somebody's package knows by itself what weights it starts from.
+    """
+    source, _, rest = name.rpartition(':')
+    if source == 'timm':
+        return timm_network(rest, num_classes, pretrained)
+    if source not in ('', 'torchvision'):
+        return called(source, rest, num_classes)
+    names = torchvision_names() if source else model_names()
+    if rest not in names:
+        raise ValueError(unknown('model', rest, names))
+    if not pretrained:
+        return build(rest, num_classes, source)
+
+    model = load(rest, source)
     head, layer = find_head(model)
     if layer.weight.shape[0] != num_classes:
-        model.set_submodule(head, build(name, num_classes).get_submodule(head))
+        model.set_submodule(head, build(rest, num_classes, source).get_submodule(head))
     return model
 
 
-def build(name: str, num_classes: int) -> nn.Module:
-    if name in NETWORKS:
+def unknown(what: str, name: str, names) -> str:
+    return f'unknown {what} {name!r}, close to it: {", ".join(get_close_matches(name, names)) or "nothing"}'
+
+
+def timm_network(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f'timm is missing, pip install timm brings it ({error})') from None
+    if not timm.is_model(name):
+        raise ValueError(unknown('model of timm', name, timm.list_models()))
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except RuntimeError as error:  # of weights that there are not
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def called(module: str, function: str, num_classes: int) -> nn.Module:
+    """What a function of this name returns."""
+    make = find_function(module, function)
+    try:
+        inspect.signature(make).bind(num_classes=num_classes)
+    except TypeError as error:
+        raise ValueError(f'{function}(num_classes={num_classes}) is what is called, but: {error}') from None
+    network = make(num_classes=num_classes)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f'{function} returns {type(network).__name__} instead of a torch.nn.Module')
+    return network
+
+
+def find_function(module: str, function: str) -> Callable:
+    if os.getcwd() not in sys.path:  # which holds the folder of the script instead
+        sys.path.append(os.getcwd())
+    try:
+        package = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f'cannot import {module} ({error}); a network is NAME, torchvision:NAME, timm:NAME, or '
+                         'package.module:function, in the current folder or installed') from None
+    if not callable(getattr(package, function, None)):
+        raise ValueError(unknown(f'function of {package.__file__}', function, dir(package)))
+    return getattr(package, function)
+
+
+def build(name: str, num_classes: int, source: str = '') -> nn.Module:
+    if name in NETWORKS and not source:
         return NETWORKS[name](num_classes)
     return drop_auxiliary_heads(torchvision.models.get_model(name, num_classes=num_classes))
 
 
-def load(name: str) -> nn.Module:
+def load(name: str, source: str = '') -> nn.Module:
     """Network `name` with torchvision's ImageNet weights: version 1, the one published tables use, if there is one."""
-    source = WEIGHTS_OF.get(name, name)
-    if source not in torchvision_names():
+    published = WEIGHTS_OF.get(name, name)
+    if published not in torchvision_names():
         raise ValueError(f'torchvision has no weights for {name!r}, pass a checkpoint file instead of pretrained=True')
-    versions = torchvision.models.get_model_weights(source)
+    versions = torchvision.models.get_model_weights(published)
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
 
-    if name not in NETWORKS:
+    if name not in NETWORKS or source:
         return drop_auxiliary_heads(torchvision.models.get_model(name, weights=weights))
     model = build(name, num_classes=len(weights.meta['categories']))
     model.load_state_dict(weights.get_state_dict(check_hash=True))

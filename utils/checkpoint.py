@@ -6,7 +6,8 @@ checkpoint.pth is a plain dict:
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, best, last, seconds
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
-    facts      what else the run is tied to: the teacher's name and the hash of its weights
+    facts      what else the run is tied to: the teacher's name, the hash of its weights, what images it gets
+    classes    of the data, in the order of the outputs
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.
 """
@@ -15,6 +16,7 @@ import os
 import pickle
 import sys
 import zipfile
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -131,11 +133,17 @@ def fill(network: nn.Module, content: dict, path):
         sys.exit(f'error: {error}')
 
 
-def load_weights(network: nn.Module, path):
+def load_weights(network: nn.Module, path, classes: list[str] | None = None):
+    """classes: of the data, in the order of the outputs; a file that names others is refused."""
     try:
         content = read(Path(path))
     except ValueError as error:
         sys.exit(f'error: {error}')
+    theirs = content.get('classes') if isinstance(content, dict) else None
+    if classes and isinstance(theirs, list) and theirs != list(classes):
+        number, pair = next((i, pair) for i, pair in enumerate(zip_longest(theirs, classes)) if pair[0] != pair[1])
+        sys.exit(f'error: the classes of {path} are not those of the data: output {number} is {pair[0]} there and '
+                 f'{pair[1]} here')
     fill(network, content, path)
 
 
