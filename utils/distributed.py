@@ -2,25 +2,28 @@
 
     python main_base.py DIR                                     one process; DataParallel where several GPUs are visible
     python main_base.py DIR --gpu 0                             that GPU alone
+    python main_base.py DIR --seeds 0 1 2                       several runs in one process on one device (together.py)
     python main_base.py DIR --multiprocessing-distributed       one process per GPU (or --procs-per-node on CPUs);
                             --world-size NODES --rank NODE --dist-url tcp://HOST:PORT for several nodes
     torchrun [--nnodes ...] main_base.py DIR                    env://, elastic restarts
 
 Ranks exchange small host-side numbers over gloo, so agreeing on something never waits for a GPU.
 """
+import inspect
 import os
 import signal
 import socket
 import sys
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from . import signals
+from . import signals, together
 
 _nodes = 1
 at_end = ExitStack()  # what has to be closed before a rank ends, however it ends
@@ -32,7 +35,10 @@ def launch(worker, args):
         sys.exit(f'error: --gpu {args.gpu} is asked for, but '
                  + ('so is --no-accel' if args.no_accel else f'{torch.cuda.device_count()} GPUs are visible'))
     gpus = 0 if args.no_accel else torch.cuda.device_count()
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not args.multiprocessing_distributed:
+    if args.inspect:  # one process looks at what the ranks would do
+        if int(os.environ.get('RANK', args.rank)) <= 0:
+            _run(worker, args)
+    elif 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not args.multiprocessing_distributed:
         _run(worker, args, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
              int(os.environ.get('LOCAL_RANK', 0)), 'env://',
              nodes=int(os.environ['WORLD_SIZE']) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
@@ -43,7 +49,17 @@ def launch(worker, args):
             sys.exit('error: --world-size without --multiprocessing-distributed needs --rank and --dist-url')
         _run(worker, args, args.rank, args.world_size, args.gpu or 0, args.dist_url, nodes=args.world_size)
     else:
-        _run(worker, args)
+        _run(partial(together.train, worker) if args.seeds else worker, args)
+
+
+def planned(args) -> tuple[int, int]:
+    """How many ranks on how many nodes launch would start, were it not for --inspect."""
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not args.multiprocessing_distributed:
+        ranks = int(os.environ['WORLD_SIZE'])
+        return ranks, ranks // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    nodes = max(args.world_size, 1)
+    gpus = 0 if args.no_accel else torch.cuda.device_count()
+    return nodes * ((args.procs_per_node or max(gpus, 1)) if args.multiprocessing_distributed else 1), nodes
 
 
 def _spawn(worker, args, per_node):
@@ -229,8 +245,10 @@ def wrap(task, device, args):
             sys.exit('error: --sync-bn needs GPUs with one process each (torchrun or --multiprocessing-distributed)')
         task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
     if dist.is_initialized():
+        new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15 on
+        buffers = 'forward_sync_buffers' if new else 'broadcast_buffers'
         return DistributedDataParallel(task, device_ids=[device.index] if device.type == 'cuda' else None,
-                                       gradient_as_bucket_view=True, broadcast_buffers=False)
+                                       gradient_as_bucket_view=True, **{buffers: False})
     task.student = replicated(task.student, device, args)
     return task
 
