@@ -1,117 +1,221 @@
-"""Compare ways to train by their last epoch: a table, mean +- std over seeds, and the curves.
+"""Which method for my data? Train one student in several ways with the same budget and seeds, and report.
 
-    python scripts/compare.py runs/demo/alone-? runs/demo/mgd-? --teacher runs/demo/teacher -o curves.png
+    python scripts/compare.py DIR --methods alone kd mgd mgd+kd --seeds 0 1 2 --jobs 2 --output runs/compare \\
+        --flags mgd '--mgd-loss-factor 319' -- --arch mobilenet_v1 --teacher-resume T.pth --epochs 30
 
-Runs whose folders are called the same but for a number behind a dash are one way to train, with several seeds.
+What stands behind -- goes to every run; `alone` is the student without a teacher, + joins methods. The same command
+goes on with what is missing. Ctrl-C lets the runs save; the exit code then is 75, as theirs. A method that fails (1)
+leaves the others alone. The folder of runs also gets report.html, which shows how they stand while they train.
 """
 import argparse
-import json
-import re
+import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
 
-from matplotlib.ticker import MaxNLocator
-from plot import STYLE, plt, read_log, refuse, series
+import report
+from logs import read_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import NEUTRAL
+from utils.args import base_parser
 
-FREE = NEUTRAL | {'seed'}  # arguments that runs of one way may differ in
-COLOURS = ('0.15', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9')  # told apart with any kind of eyes
+ROOT = Path(__file__).resolve().parent.parent
+INTERRUPTED = 75
+EVERY = 30  # seconds between two reports
+OF_TEACHER = ('--teacher-arch', '--teacher-resume')
+OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e')
 
 
-def read_result(run):
-    path = run / 'result.json'
+def of_student(flags: list[str]) -> list[str]:
+    """The flags that a student without a teacher has, too."""
+    known = [option for action in base_parser('')._actions for option in action.option_strings]
+    kept, keep = [], True
+    for word in flags:
+        if word.startswith('-') and not word.lstrip('-')[:1].isdigit():  # a flag, no negative number
+            name = word.partition('=')[0]
+            keep = name not in OF_TEACHER and (not name.startswith('--') or any(o.startswith(name) for o in known))
+        kept += [word] * keep
+    return kept
+
+
+def command(method: str, seed: int, out: Path, args, flags: list[str]) -> list[str]:
+    data = [args.data] if args.data else []
+    own = [word for name, words in args.flags if name == method for word in shlex.split(words)]
+    if method == 'alone':
+        return ['main_base.py', *data, *of_student(flags), *own, '--seed', str(seed), '--output', str(out)]
+    names = method.split('+')
+    cache = []
+    if args.share_teacher and all(reads_outputs(name) for name in names):
+        cache = ['--cache-teacher', 'lazy', '--cache-dir', str(args.output / 'teacher-cache')]
+    return ['main_distill.py', *data, *flags, *cache, '--seed', str(seed), '--distiller', *names, *own,
+            '--output', str(out)]
+
+
+def reads_outputs(name: str) -> bool:
+    from distillers import DISTILLERS  # here, as it takes torch's seconds to import
+    return DISTILLERS[name].teacher_reads is not None
+
+
+class Job:
+    """A run to come, under way or over."""
+
+    def __init__(self, method, seed, args, flags):
+        self.method, self.folder = method, args.output / f'{method}-{seed}'
+        self.command, self.process, self.state = command(method, seed, self.folder, args, flags), None, 'waits'
+        result = read_json(self.folder / 'result.json') or {}
+        made = shlex.split(result.get('command', ''))  # by another command: the run itself tells what differs
+        if result.get('finished') and [Path(word).name for word in made[:1]] + made[1:] == self.command:
+            self.state = 'finished before'
+
+    def start(self, environment):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        script, *words = self.command
+        with open(self.folder / 'out.txt', 'a') as out:  # a session of its own: Ctrl-C is ours to pass on, once
+            self.process = subprocess.Popen([sys.executable, str(ROOT / script), *words], stdout=out,
+                                            stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        self.state = 'starts'
+
+    def look(self):
+        """Whether it still goes on; its state is its last line."""
+        code = self.process.poll()
+        self.state = (self.said(1) or ['starts'])[-1] if code in (None, 0) else {
+            INTERRUPTED: 'stopped, has saved'}.get(code, f'failed with exit code {code}')
+        return code is None
+
+    def said(self, n):
+        with open(self.folder / 'out.txt', 'rb') as out:
+            out.seek(max(out.seek(0, os.SEEK_END) - 4096, 0))
+            return [line for line in out.read().decode(errors='replace').splitlines() if line.strip()][-n:]
+
+
+class View:
+    """A line per run, rewritten on a terminal; elsewhere a line when something begins or ends."""
+
+    def __init__(self, jobs):
+        self.jobs, self.live, self.lines = jobs, sys.stdout.isatty(), 0
+
+    def tell(self, job):
+        if not self.live:
+            print(f'{job.folder.name}: {job.state.split(";")[0]}', flush=True)
+
+    def show(self):
+        if not self.live:
+            return
+        width, height = shutil.get_terminal_size()
+        rows = self.jobs if len(self.jobs) < height else [job for job in self.jobs if job.process][1 - height:]
+        label = max(len(job.folder.name) for job in self.jobs)
+        text = ''.join(f'\033[K{f"{job.folder.name:{label}}  {job.state}"[:width - 1]}\n' for job in rows)
+        print((f'\033[{self.lines}A' if self.lines else '') + text + '\033[J', end='', flush=True)
+        self.lines = len(rows)
+
+
+def train(jobs, count, gpus) -> int:
+    """All that is missing, so many at a time; the exit code."""
+    view, caught, shown = View(jobs), [], 0.0
+    running: dict[int, Job] = {}  # by slot
+
+    def forward(number, frame):
+        caught.append(number)
+        for job in running.values():
+            if job.process.poll() is None:
+                job.process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    waiting, failed = [job for job in jobs if job.state == 'waits'], set()
+    for job in jobs:
+        if job not in waiting:
+            view.tell(job)
+    while running or (waiting and not caught):
+        for slot in range(count):
+            if waiting and slot not in running and not caught:
+                job = waiting.pop(0)
+                threads = {'OMP_NUM_THREADS': str(max((os.cpu_count() or 1) // count, 1))}
+                gpu = {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {}
+                job.start(threads | os.environ | gpu)
+                view.tell(job)
+                running[slot] = job
+        for slot, job in list(running.items()):
+            if job.look():
+                continue
+            del running[slot]
+            view.tell(job)
+            if job.process.returncode not in (0, INTERRUPTED):
+                failed.add(job.method)
+                for other in [other for other in waiting if other.method == job.method]:
+                    other.state = f'left out, as {job.folder.name} failed'
+                    waiting.remove(other)
+                    view.tell(other)
+        view.show()
+        if time.monotonic() - shown > EVERY:
+            write_report(jobs)
+            shown = time.monotonic()
+        time.sleep(0.2)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for job in jobs:
+        if job.process and job.process.returncode not in (0, INTERRUPTED):
+            print(f'{job.folder.name} failed; the end of {job.folder / "out.txt"}:', *job.said(8), sep='\n',
+                  file=sys.stderr)
+    stopped = caught or any(job.process and job.process.returncode == INTERRUPTED for job in jobs)
+    return INTERRUPTED if stopped else int(bool(failed))
+
+
+def write_report(jobs):
+    folders = [job.folder for job in jobs if job.folder.is_dir()]
     try:
-        result = json.loads(path.read_text())
-        finished = result['finished']
-    except OSError as error:
-        refuse(f'{path}: {error.strerror}')
-    except (ValueError, KeyError, TypeError):
-        refuse(f'{path} is not the result of a run')
-    if not finished:
-        refuse(f'{run} is not finished')
-    return result
-
-
-def by_way(runs):
-    """{name: {run: result}} in the order given. Runs that differ in more than the seed are no sample of one thing."""
-    ways = {}
-    for run in runs:
-        ways.setdefault(re.sub(r'-\d+$', '', run.resolve().name), {})[run] = read_result(run)
-    for name, results in ways.items():
-        first, *others = results
-        for run in others:
-            one, other = results[first]['arguments'], results[run]['arguments']  # one may know newer flags
-            if differing := [k for k in sorted((one.keys() & other.keys()) - FREE) if one[k] != other[k]]:
-                refuse(f'{first} and {run} differ in {", ".join(differing)}')
-        if len({result['seed'] for result in results.values()}) < len(results):
-            refuse(f'{name}: two runs have the same seed')
-    return ways
-
-
-def top1(score):
-    return 100 * score['correct1'] / score['n']
-
-
-def spread(values):
-    return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
-
-
-def table(ways):
-    rows = [('', 'network', 'top-1, last epoch', 'runs', 'top-1, best epoch', 'seconds per run')]
-    for name, results in ways.items():
-        runs = list(results.values())
-        last, best = (spread([top1(run[which]) for run in runs]) for which in ('last', 'best'))
-        rows.append((name, runs[0]['arguments']['arch'], last, str(len(runs)), best,
-                     f'{mean(run["seconds"] for run in runs):.0f}'))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['| ' + ' | '.join(f'{cell:{width}}' for cell, width in zip(row, widths)) + ' |' for row in rows]
-    return '\n'.join([lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:]])
-
-
-def draw(ways, teacher):
-    """The mean of each way in the band of its runs; the teacher's last epoch as a dashed line."""
-    plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
-    labels = []  # where a name belongs, the name, its colour
-    for (name, runs), colour in zip(ways.items(), COLOURS * len(ways)):
-        curves = [series(read_log(run), 'valid', 'top1') for run in runs]
-        epochs, values = [epoch + 1 for epoch in curves[0][0]], list(zip(*(top1s for _, top1s in curves)))
-        axes.plot(epochs, [mean(v) for v in values], color=colour)
-        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
-        labels.append((mean(values[-1]), name, colour))
-    for name, results in teacher.items():
-        score = top1(*(result['last'] for result in results.values()))
-        axes.axhline(score, color='0.4', linestyle='--', linewidth=1.2)
-        labels.append((score, name, '0.4'))
-    low, high = axes.get_ylim()
-    place = low
-    for value, name, colour in sorted(labels):
-        place = max(value, place + 0.045 * (high - low))  # names of curves that end close together do not overlap
-        axes.annotate(f'{name} {value:.1f}', (1, place), (6, 0), color=colour, va='center', annotation_clip=False,
-                      xycoords=axes.get_yaxis_transform(), textcoords='offset points')
-    axes.set_title('Top-1 accuracy (%) on the validation images: mean and range of the runs')
-    axes.set_xlabel('epoch')
-    axes.margins(x=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return figure
+        ways, teacher = report.collect(folders, [])
+        report.write(ways, teacher, jobs[0].folder.parent / 'report.html')
+        return ways, teacher
+    except SystemExit:  # has said why
+        return None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', nargs='+', type=Path, metavar='OUT', help='folder of a finished run')
-    parser.add_argument('--teacher', nargs=1, type=Path, default=[], metavar='OUT', help='the run of their teacher')
-    parser.add_argument('-o', '--output', type=Path, default='comparison.png', metavar='PNG', help='(%(default)s)')
-    args = parser.parse_args()
-    ways, teacher = by_way(args.out), by_way(args.teacher)
-    print(table(teacher | ways))
-    try:
-        draw(ways, teacher).savefig(args.output, dpi=150)
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        refuse(f'{args.output}: {getattr(error, "strerror", None) or error}')
+    words = sys.argv[1:]
+    at = words.index('--') if '--' in words else len(words)
+    words, flags = words[:at], words[at + 1:]
+    for i in (i + 2 for i, word in enumerate(words[:-2]) if word == '--flags'):
+        words[i] = f' {words[i]}'  # a word with a space is no flag of ours to argparse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', metavar='DIR', nargs='?', help='as of main_distill.py')
+    parser.add_argument('--methods', nargs='+', required=True, metavar='NAME', help='alone, or of --list-distillers')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='N', help='(0 1 2)')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time (1)')
+    parser.add_argument('--gpus', nargs='+', metavar='N', help='give each job one of these, in turn')
+    parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='gets a folder per run: METHOD-SEED')
+    parser.add_argument('--flags', nargs=2, action='append', default=[], metavar=('NAME', 'FLAGS'),
+                        help="of one of the methods, as one word: --flags kd '--kd-weight 2'")
+    parser.add_argument('--share-teacher', action='store_true', help="CIFAR: methods that read the teacher's logits or "
+                        'pooled features alone share them in files (--cache-teacher lazy)')
+    args = parser.parse_args(words)
+    for name in {part for method in args.methods for part in method.split('+')} - {'alone'}:
+        if not (ROOT / 'distillers' / f'{name}.py').exists():
+            parser.error(f'{name} is no method; python main_distill.py --list-distillers names them')
+    if unknown := [name for name, _ in args.flags if name not in args.methods]:
+        parser.error(f'--flags {unknown[0]}: not among --methods')
+    if taken := [word for word in flags if word.partition('=')[0] in OURS]:
+        parser.error(f'{taken[0]} is for compare.py to give')
+    if args.jobs < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.methods}) < len(args.methods):
+        parser.error('--jobs has to be above 0, and no seed or method there twice')
+
+    jobs = [Job(method, seed, args, flags) for seed in args.seeds for method in args.methods]
+    code = train(jobs, args.jobs, args.gpus)
+    if written := write_report(jobs):
+        ways, teacher = written
+        print('\n' + report.table(teacher + ways))
+        if find_spec('matplotlib'):
+            report.draw(ways, teacher).savefig(args.output / 'curves.png', dpi=150)
+            print(f'\ncurves: {args.output / "curves.png"}', end='')
+        print(f'\nreport: {args.output / "report.html"}')
+    if code == INTERRUPTED:
+        print('stopped by a signal; the same command goes on', file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == '__main__':

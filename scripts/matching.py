@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from plot import STYLE, MaxNLocator, matplotlib, plt, read_log, refuse
+from logs import read_log, refuse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -63,6 +63,7 @@ def draw_matrix(axes, flow, margins, name, colour):
 
 def draw(stages, history):
     """A matrix per stage, and below them what its updates cost and changed."""
+    from plot import STYLE, MaxNLocator, matplotlib, plt  # here, as report.py reads and draws without them
     plt.rcParams.update(STYLE)
     n = len(stages)
     figure = plt.figure(figsize=(max(4 * n, 8), 7.5), layout='constrained')

@@ -3,9 +3,10 @@
     python scripts/plot.py runs/resnet50 runs/mobilenet_v1 -o curves.png
 """
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from logs import read_json, read_log, refuse, series
 
 try:
     import matplotlib
@@ -24,43 +25,8 @@ STYLE = {
 }
 
 
-def refuse(line):
-    print(line, file=sys.stderr)
-    sys.exit(2)
-
-
-def read_log(out):
-    """The records of a run in the order of its epochs; of an epoch that was run again, the last."""
-    path = out / 'log.jsonl'
-    try:
-        lines = path.read_text(errors='replace').splitlines()
-    except OSError as error:
-        refuse(f'{path}: {error.strerror}')
-    records = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            record['lr'], record['train']['loss'], record['train']['top1']
-            records[record['epoch']] = record
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # a half-written last line only means that the run is writing it
-                refuse(f'{path}: line {number} is not the record of an epoch')
-    if not records:
-        refuse(f'{path}: no epoch yet')
-    return [records[epoch] for epoch in sorted(records)]
-
-
 def arch_of(out):
-    try:
-        return str(json.loads((out / 'args.json').read_text())['arch'])
-    except (OSError, ValueError, KeyError, TypeError):
-        return out.resolve().name
-
-
-def series(records, split, key):
-    """Epochs and values of those epochs that have the split: validation may be rare."""
-    points = [(record['epoch'], record[split][key]) for record in records if record.get(split)]
-    return tuple(zip(*points, strict=True)) or ((), ())
+    return str((read_json(out / 'args.json') or {}).get('arch', out.resolve().name))
 
 
 def draw(runs):

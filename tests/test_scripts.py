@@ -5,7 +5,7 @@ import sys
 
 from conftest import ROOT
 
-from utils.data import Folder
+from utils.sources import Folder
 
 
 def tool(name, *args):
@@ -50,73 +50,33 @@ def test_curves_of_runs_also_of_one_that_goes_on(tmp_path):
     assert missing.returncode == 2 and 'log.jsonl' in missing.stderr and 'Traceback' not in missing.stderr
 
 
-def finished_run(folder, arch, seed, *correct, **arguments):
-    """What a run over 40 images leaves behind, as far as it is compared."""
-    folder.mkdir()
-    scores = [{'epoch': e, 'top1': 2.5 * c, 'correct1': c, 'n': 40} for e, c in enumerate(correct)]
-    records = [{'epoch': s['epoch'], 'lr': 0.1, 'train': {'loss': 1, 'top1': 1}, 'valid': s} for s in scores]
-    (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
-    arguments = {'arch': arch, 'seed': seed, 'output': str(folder), 'lr': 0.1} | arguments
-    (folder / 'result.json').write_text(json.dumps({
-        'finished': True, 'last': scores[-1], 'best': max(scores, key=lambda s: s['correct1']),
-        'seconds': 10 + 4 * seed, 'seed': seed, 'arguments': arguments}))
-    return folder
-
-
-def test_compared_are_last_epochs_over_seeds(tmp_path):
-    runs = [finished_run(tmp_path / name, 'net', *numbers) for name, *numbers in (
-        ('alone-0', 0, 2, 8, 4), ('alone-1', 1, 2, 3, 6), ('kd-0', 0, 4, 8, 12))]
-    teacher = finished_run(tmp_path / 'teacher', 'big', 5, 30, 32)
-    done = tool('compare.py', *runs, '--teacher', teacher, '-o', tmp_path / 'curves.png')
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in done.stdout.splitlines()[2:]]
-    assert rows == [['teacher', 'big', '80.00', '1', '80.00', '30'],
-                    ['alone', 'net', '12.50 ± 3.54', '2', '17.50 ± 3.54', '12'],  # 10 and 15: (15 - 10) / sqrt(2)
-                    ['kd', 'net', '30.00', '1', '30.00', '10']]
-    assert (tmp_path / 'curves.png').read_bytes()[:4] == b'\x89PNG'
-
-
-def test_only_runs_that_differ_in_the_seed_are_averaged(tmp_path):
-    first = finished_run(tmp_path / 'kd-0', 'net', 0, 2)
-    for name, seed, arguments, complaint in (('kd-1', 1, {'lr': 0.2}, 'differ in lr'), ('kd-2', 0, {}, 'same seed')):
-        refused = tool('compare.py', first, finished_run(tmp_path / name, 'net', seed, 3, **arguments))
-        assert refused.returncode == 2 and complaint in refused.stderr
-    half = json.loads((first / 'result.json').read_text()) | {'finished': False}
-    (first / 'result.json').write_text(json.dumps(half))
-    assert 'not finished' in tool('compare.py', first).stderr
-    assert 'No such file' in tool('compare.py', tmp_path / 'nowhere').stderr
-
-
 def demo(tmp_path, broken):
-    """scripts/demo.sh in another checkout with a stand-in for python, in which runs of the name `broken` fail."""
+    """scripts/demo.sh in another checkout with a stand-in for python that fails where it is told to run `broken`."""
     (tmp_path / 'scripts').mkdir(exist_ok=True)
     (tmp_path / 'scripts' / 'demo.sh').write_bytes((ROOT / 'scripts' / 'demo.sh').read_bytes())
     (tmp_path / 'python').write_text(f'''#!/bin/bash
 echo "$@" >> {tmp_path}/told
-case "$*" in *demo/{broken}) echo of no use; exit 3; esac
-echo "done: last top1 1.00; more"
+case "$*" in *{broken}*) echo of no use; exit 3; esac
 ''')
     (tmp_path / 'python').chmod(0o755)
     return subprocess.run(['bash', str(tmp_path / 'scripts' / 'demo.sh')], capture_output=True, text=True,
                           env={'PATH': '/usr/bin:/bin', 'BIN': str(tmp_path)})
 
 
-def test_demo_trains_all_students_alike_and_stops_at_an_error(tmp_path):
+def test_demo_compares_students_under_the_teacher_it_trained_and_stops_at_an_error(tmp_path):
     done = demo(tmp_path, broken='none')
-    assert done.returncode == 0 and 'kd-1: done: last top1 1.00\n' in done.stdout
-    told = [line.split() for line in (tmp_path / 'told').read_text().splitlines()]
-    students = [words for words in told if 'shufflenet_v2_x0_5' in words]
-    names = {words[-1].split('/')[-1] for words in students}
-    assert names == {f'{way}-{seed}' for way in ('alone', 'kd', 'mgd', 'mgd+kd') for seed in range(3)}
-    shared = [' '.join(words[1:words.index('--no-tensorboard')]) for words in students]
-    assert len(set(shared)) == 1 and '--lr' in shared[0] and '--epochs' in shared[0]
-    assert 'compare.py' in told[-1][0]
+    assert done.returncode == 0, done.stderr
+    images, teacher, students = (line.split() for line in (tmp_path / 'told').read_text().splitlines())
+    assert 'make_images.py' in images[0] and teacher[0] == 'main_base.py' and students[0].endswith('compare.py')
+    weights = students[students.index('--teacher-resume') + 1]
+    assert weights == teacher[teacher.index('--output') + 1] + '/last.pth'
+    recipe = ' '.join(teacher[teacher.index('--image-size'):teacher.index('--lr')])
+    assert recipe in ' '.join(students[students.index('--'):])
 
     (tmp_path / 'told').unlink()
-    failed = demo(tmp_path, broken='alone-1')
-    told = (tmp_path / 'told').read_text()
-    assert failed.returncode != 0 and 'alone-1 failed' in failed.stderr and 'of no use' in failed.stderr
-    assert 'main_distill.py' not in told and 'compare.py' not in told
+    failed = demo(tmp_path, broken='main_base.py')
+    assert failed.returncode == 3 and 'of no use' in failed.stderr
+    assert 'compare.py' not in (tmp_path / 'told').read_text()
 
 
 def slurm(tmp_path, *args, interrupted: bool, torchrun_exit: int):

@@ -10,6 +10,9 @@ import torch
 
 from . import distributed
 
+# Of an update on average: seconds, and those without data; seconds of its parts; how hard labels and distillation pull
+KINDS = ('time/', 'update/', 'balance/')
+
 
 def hits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """How many of a batch are right at the first guess, and within five (or as many as there are classes)."""
@@ -28,16 +31,20 @@ def percentages(sums: dict) -> dict:
     if parts:  # each in full, and as a share of their sum
         record['losses'] = parts
         record['shares'] = {k: v / record['loss'] if record['loss'] else 0.0 for k, v in parts.items()}
+    for kind in KINDS:
+        parts = {k.partition('/')[2]: v for k, v in sums.items() if k.startswith(kind)}
+        if number := parts.pop('n', 0):
+            record[kind[:-1]] = {k: v / number for k, v in parts.items()}
     return record
 
 
 class Meter:
-    """The sums of an epoch: n, top1, top5, loss and loss/NAME of every part."""
+    """The sums of an epoch: n, top1, top5, loss, loss/NAME of every part, and KIND/n, KIND/NAME of what KINDS names."""
 
     def __init__(self, before: dict):
         self.before = before  # of all ranks, from the part of the epoch that a resumed run finds done
         self.sums = defaultdict(float)  # of this rank, since then
-        self.rows, self.batches, self.norms, self.names = [], [], [], []
+        self.rows, self.batches, self.norms, self.names, self.balances = [], [], [], [], []
 
     def add(self, index, target, weight: float, logits, losses: dict):
         """A batch: the numbers of its samples (on the host), and what came of it (on the device)."""
@@ -49,6 +56,20 @@ class Meter:
     def add_norm(self, norm):
         """The gradient's norm closes an update."""
         self.norms.append(norm)
+
+    def add_balance(self, balance):
+        """Norms of the gradients of labels and distillation, and the cosine between them (on the device)."""
+        self.balances.append(balance)
+
+    def add_times(self, seconds: dict):
+        """Of the parts of one update."""
+        for name, value in {'n': 1, **seconds}.items():
+            self.sums[f'update/{name}'] += value
+
+    def clock(self, seconds: float, waited: float):
+        """Since this meter was made: of all updates, and of those the time without data."""
+        updates = len(self.norms) + self.sums['time/n']
+        self.sums |= {'time/n': updates, 'time/seconds': seconds, 'time/wait': waited}
 
     def read(self, watch_norms: bool) -> dict | None:
         """Bring everything in from the device; returns the first thing that was not finite, if any."""
@@ -69,16 +90,19 @@ class Meter:
             first, what, value = min(troubles, key=lambda t: t[0])  # stable: a loss before the norm it spoils
             samples = [i for update, index, _ in self.batches if update == first for i in index.tolist()]
             trouble = {'what': what, 'value': str(value), 'updates_ago': len(norms) - 1 - first, 'samples': samples}
-        self.rows, self.batches, self.norms = [], [], []
+        for balance in torch.stack(self.balances).tolist() if self.balances else []:
+            for name, value in zip(('n', 'labels', 'distillation', 'cosine'), (1, *balance)):
+                self.sums[f'balance/{name}'] += value
+        self.rows, self.batches, self.norms, self.balances = [], [], [], []
         return trouble
 
     def everybody(self) -> dict:
         """The sums over all ranks and over the whole epoch so far."""
         if not self.names:
             return self.before
-        names = ['n', *self.names]
+        names = ['n', *self.names, *sorted(k for k in self.sums if k.startswith(KINDS))]
         summed = distributed.total(torch.tensor([self.sums[k] for k in names], dtype=torch.float64)).tolist()
-        return {k: self.before.get(k, 0.0) + v for k, v in zip(names, summed)}
+        return self.before | {k: self.before.get(k, 0.0) + v for k, v in zip(names, summed)}
 
 
 class Display:
