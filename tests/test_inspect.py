@@ -1,0 +1,161 @@
+"""--inspect: its numbers, and that it lists all that would stop a run."""
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import write_images
+from torch import nn
+
+from distillers.inspection import look_at_network
+from models import create_model
+
+PAIR = ['--arch', 'shufflenet_v2_x0_5', '--teacher-arch', 'shufflenet_v2_x1_0']
+TEACHER = 'shufflenet_v2_x1_0'
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+
+
+def problems(outcome):
+    """Their texts; a line that goes on is joined."""
+    _, _, text = outcome.out.partition('\nproblems\n')
+    return [' '.join(item.split()) for item in re.split(r'^  -  ', text, flags=re.MULTILINE)[1:]]
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    def save(classes):
+        path = tmp_path_factory.mktemp('teacher') / f'{classes}.pth'
+        torch.save(create_model(TEACHER, classes).state_dict(), path)
+        return path
+    return save
+
+
+@pytest.mark.parametrize('name, size, macs', [('resnet18', 224, 1.814e9), ('mobilenet_v1', 224, 5.69e8)])
+def test_counts_of_a_network(name, size, macs):
+    network = create_model(name, 1000)
+    rows = look_at_network(network, size)
+    assert float(rows[f'MACs at {size}'].removesuffix(' M').replace(',', '')) == pytest.approx(macs / 1e6, rel=5e-3)
+    assert rows['parameters'] == f'{sum(p.numel() for p in network.parameters()):,}'
+    assert rows['logits'] == '1000' and ', stride 32, BatchNorm2d' in rows['stage 3']
+
+
+def test_multiplications_of_odd_convolutions():
+    """Grouped, strided, dilated, transposed: as many as loops over one output would make."""
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, groups=3), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2),
+                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    # 9 pixels -> 4 x 4 of 6 channels, each of 1 x 3 x 3; each of these 6 x 4 x 4 goes to 2 channels of 2 x 2; 4 x 5
+    assert look_at_network(layers, 9)['MACs at 9'] == f'{(6 * 16 * 9 + 6 * 16 * 2 * 4 + 20) / 1e6:,.1f} M'
+
+
+def test_what_is_told(distill, images, teacher, tmp_path):
+    before = files(images)
+    path, output = teacher(3), tmp_path / 'run'
+    run = distill(images, *PAIR, '--teacher-resume', path, '--distiller', 'mgd', 'kd', '--kd-temperature', 2,
+                  '--lr-drop-epochs', 2, 4, '--epochs', 5, '--accum-steps', 2, '--inspect', '--output', output)
+    assert run.code == 0, run.out + run.err
+    assert run.out.endswith('no problem found\n') and not run.err
+    assert not output.exists() and files(images) == before and list(tmp_path.iterdir()) == []
+    assert max(map(len, run.out.splitlines())) <= 120
+    said = ' '.join(run.out.split())
+    for text in ('images 39 15', 'classes 3 3', 'width (min/median/max) 48/48/48', 'RGB 39 RGB 15', 'unreadable 0 0',
+                 '13 (ant) 5 (ant)', 'stage 2 of the student, 192 x 1 x 1, and 2 of the teacher, 464 x 1 x 1',
+                 '--kd-temperature 2.0;', '16 images per update = 8 x 1 ranks x 2 batches', '3 per epoch, 15 in all',
+                 '0.02 from epoch 0, 0.002 from epoch 2, 0.0002 from epoch 4', 'a step in all', 'peak memory',
+                 'before the first epoch', str(path)[-37:]):
+        assert text in said, text
+
+
+def test_an_optimizer_step_is_not_kept(base, images, tmp_path):
+    """Inspecting a run that is half done leaves it as it was, and tells where it goes on."""
+    output = tmp_path / 'run'
+    assert base(images, '--epochs', 1, '--output', output).code == 0
+    before = files(output)
+    run = base(images, '--epochs', 1, '--output', output, '--inspect')
+    assert run.code == 0 and files(output) == before
+    assert 'checkpoint.pth' in run.out and 'goes on from epoch 1' in run.out
+    run = base(images, '--epochs', 2, '--output', output, '--inspect')
+    assert run.code == 1 and len(problems(run)) == 1 and 'holds a run with other arguments' in problems(run)[0]
+
+
+def test_all_problems_at_once(distill, images, teacher, tmp_path):
+    """A folder that is a file, a teacher of other classes, two methods that refuse the pair, a batch of one."""
+    (tmp_path / 'file').write_text('')
+    run = distill(images, '--arch', TEACHER, '--teacher-arch', 'shufflenet_v2_x0_5', '--teacher-resume', teacher(4),
+                  '--distiller', 'mgd', 'fsp', 'kd', '-b', 1, '--output', tmp_path / 'file' / 'run', '--inspect')
+    assert run.code == 1 and 'Traceback' not in run.out + run.err
+    found = problems(run)
+    for start, part in (('cannot write to --output', 'file is no folder'), ('teacher: ', 'does not fit the network'),
+                        ('mgd: ', 'student has 464 channels where the teacher has 192'),
+                        ('fsp: ', 'FSP matrices need equal numbers'), ('BatchNorm takes its', 'from 1 image')):
+        assert any(text.startswith(start) and part in text for text in found), (start, found)
+    assert '  kd  The student' in run.out  # what fits is looked at all the same
+
+
+def test_missing_data(distill, teacher, tmp_path):
+    run = distill(tmp_path / 'none', *PAIR, '--teacher-resume', teacher(7), '--distiller', 'kd', '--inspect')
+    assert run.code == 1 and 'Traceback' not in run.out + run.err
+    assert problems(run) == [f'the data folder {tmp_path / "none"} does not exist']  # the teacher's 7 classes are taken
+    assert 'made-up images stand in' in run.out and 'a step in all' in run.out
+
+
+def test_classes_that_differ(base, tmp_path):
+    write_images(tmp_path / 'train', 3, 0)
+    write_images(tmp_path / 'val', 2, 1, classes=('ant', 'bee', 'dog'))
+    run = base(tmp_path, '--inspect')
+    assert run.code == 1 and 'cat is only in train' in problems(run)[0]
+    assert 'images 9 6 classes 3 3' in ' '.join(run.out.split())
+
+
+@pytest.mark.parametrize('split, code', [('train', 0), ('valid', 1)])
+def test_truncated_image(base, images, tmp_path, split, code):
+    """In training another one stands in for it; an evaluation would end."""
+    shutil.copytree(images, tmp_path / 'data')
+    broken = tmp_path / 'data' / split / 'bee' / '1.jpg'
+    broken.write_bytes(broken.read_bytes()[:300])
+    run = base(tmp_path / 'data', '--inspect')
+    assert run.code == code and 'Traceback' not in run.out + run.err
+    assert 'bee/1.jpg' in ''.join(run.out.split()) and any('bee' in text for text in problems(run)) == bool(code)
+
+
+def test_file_that_is_no_checkpoint(distill, images, tmp_path):
+    (tmp_path / 'teacher.pth').write_bytes(b'nothing')
+    run = distill(images, *PAIR, '--teacher-resume', tmp_path / 'teacher.pth', '--distiller', 'kd', '--inspect')
+    assert run.code == 1 and len(problems(run)) == 1 and 'is damaged' in problems(run)[0]
+
+
+def test_loss_that_is_not_finite(base, images):
+    run = base(images, '--lr', '1e30', '--inspect')
+    assert run.code == 1 and 'on one and the same batch' in problems(run)[0]
+
+
+def test_part_of_one_rank(base, images, monkeypatch):
+    """Of several ranks the first one looks, and does its part."""
+    def spawned(ranks, batch):
+        return base(images, '--multiprocessing-distributed', '--procs-per-node', ranks, '-b', batch, '--inspect')
+
+    run = spawned(2, 8)
+    assert run.code == 0 and '8 images per update = 4 x 2 ranks' in run.out and 'cost of a batch of 4 images' in run.out
+    run = spawned(4, 8)  # the last 7 of 39 images are 2 + 2 + 2 + 1
+    assert run.code == 1 and problems(run)[0].startswith('training, on the last batch of an epoch, of which')
+    assert 'a batch of 3 is smaller than the number of ranks, 4' in problems(spawned(4, 3))
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert base(images, '--inspect').out == ''
+
+
+def test_teacher_at_chance(distill, images, teacher):
+    run = distill(images, *PAIR, '--teacher-resume', teacher(3), '--distiller', 'kd', '--inspect')
+    assert run.code == 0 and 'top-1 at the level of chance' in run.out
+
+
+def test_cache_is_not_begun(distill, tmp_path):
+    run = distill('--dummy', '--dataset', 'cifar10', '--dummy-images', 32, *PAIR, '--distiller', 'kd',
+                  '--cache-teacher', 'full', '--cache-dir', tmp_path / 'cache', '--inspect')
+    assert run.code == 0 and 'teacher cache: logits' in run.out and not list(tmp_path.iterdir())
+
+
+def test_evaluation_is_not_inspected(base, images):
+    assert base(images, '--inspect', '--evaluate').code == 2

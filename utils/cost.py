@@ -1,0 +1,110 @@
+"""What a step costs: time and memory, measured with the training loop itself on one batch. For --inspect."""
+import io
+import os
+import time
+from contextlib import redirect_stdout
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .engine import train_one_epoch
+from .meters import percentages
+from .optim import total_epochs
+from .order import TrainOrder
+
+UPDATES = 4  # of a measurement
+TINY, PATIENCE = 8, 20.0  # on a CPU: images of a measurement, where that of a batch would take more seconds
+STATUS = Path('/proc/self/status')
+
+
+class Again:
+    """A batch, some times over, in place of an epoch."""
+
+    def __init__(self, batch, images, device):
+        n = len(batch.target)
+        self.batch, self.images, self.device, self.times = batch, images, device, []
+        self.order = TrainOrder(UPDATES * n, n, 1, 0, 0, 1)
+
+    def updates(self, epoch, start):
+        for end, _ in self.order.plan():
+            self.times.append(now(self.device))
+            yield end, [self.batch]
+
+    def report_bad(self, batches):
+        return 0
+
+
+def loading(train, args, device) -> tuple:
+    """A batch, and the seconds from batch to batch where nobody keeps the loader waiting."""
+    order, ahead = train.order, max(args.workers, 1)
+    whole = order.length // order.batch
+    wanted = max(min(3 * ahead, whole), 1)
+    order.at(0, max(whole - wanted, 0) * order.batch)
+    times, first = [now(device)], None
+    for batch in islice(train.loader, wanted):
+        times.append(now(device))
+        first = first or batch
+        if times[-1] - times[0] > PATIENCE / 2:
+            break
+    warm = times[ahead if len(times) > ahead + 1 else 0:]  # behind those that all workers begin with at once
+    return first, (warm[-1] - warm[0]) / (len(warm) - 1)
+
+
+def step(batch, task, images, prepare, optimizer, scaler, ema, run, device, args) -> dict[str, float]:
+    """Seconds of the parts of an update, by the training loop itself."""
+    again = Again(batch, images, device)
+    run.progress |= {'epoch': min(run.progress['epoch'], total_epochs(args) - 1), 'sample': 0, 'sums': {}}
+    with redirect_stdout(io.StringIO()):
+        train_one_epoch(task, again, prepare, optimizer, scaler, ema, run, device, args)
+    parts = percentages(run.progress['sums'])['update']
+    whole = median(b - a for a, b in pairwise([*again.times[2:], now(device)]))  # behind the one looked at closely
+    return parts | {'rest': max(whole - sum(parts.values()), 0.0), 'step': whole}
+
+
+def measure(batch, how, device) -> dict[str, float]:
+    """That, of a batch or, where this takes too long, of some of its images; and the peak of memory with them."""
+    forget_peak(device)
+    images = len(batch.target)
+    if device.type == 'cpu' and images > TINY:
+        cost, times = step(cut(batch, TINY), *how), images / TINY
+        if cost['step'] * times * UPDATES > PATIENCE:
+            scaled = {name: value * (times if name != 'rest' else 1) for name, value in cost.items() if name != 'step'}
+            return scaled | {'step': sum(scaled.values()), 'images': TINY, 'peak': peak(device)}
+    return step(batch, *how) | {'images': images, 'peak': peak(device)}
+
+
+def cut(batch, n: int):
+    return batch._replace(**{name: value[:n] for name, value in batch._asdict().items()
+                             if isinstance(value, torch.Tensor) and value.ndim})
+
+
+def now(device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def forget_peak(device):
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    elif STATUS.exists():
+        (STATUS.parent / 'clear_refs').write_text('5')
+
+
+def peak(device) -> int:
+    """Bytes: of the process, on a CPU, where the system tells; else 0."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(STATUS.read_text().partition('VmHWM:')[2].split()[0]) if STATUS.exists() else 0
+
+
+def memory(device) -> int:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def device_name(device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
