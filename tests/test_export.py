@@ -1,0 +1,218 @@
+"""scripts/export.py: what it ships gives the student's logits without its training, and says what it is."""
+import importlib.util
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, in_process
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import export
+
+from models import create_model
+from utils.data import STATISTICS
+
+FLAGS = ['--epochs', '1', '--lr', '0.01']
+
+
+def needs(*packages):
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    return pytest.mark.skipif(bool(missing), reason=f'{", ".join(missing)} not installed')
+
+
+@pytest.fixture
+def ship(monkeypatch, capfd):
+    run = in_process(export, monkeypatch, capfd)
+    return lambda *args: run(*args, quick=False)
+
+
+@pytest.fixture
+def plain(once, base, images, tmp_path_factory):
+    """A run of main_base.py, with averaged weights."""
+    output = tmp_path_factory.getbasetemp() / 'plain'
+    return once('plain', lambda: base(images, *FLAGS, '--ema', '0.5', '--output', output)).folder
+
+
+@pytest.fixture
+def reused(once, distill, images, tmp_path_factory):
+    """A student of SimKD."""
+    output = tmp_path_factory.getbasetemp() / 'reused'
+    return once('reused', lambda: distill(images, *FLAGS, '--arch', 'resnet8', '--teacher-arch', 'resnet14',
+                                          '--teacher-resume', teacher(output.with_name('teacher.pth')),
+                                          '--distiller', 'simkd', '--output', output)).folder
+
+
+def teacher(path):
+    torch.manual_seed(0)
+    torch.save(create_model('resnet14', 3).state_dict(), path)
+    return path
+
+
+def folder_images(images, n=4):
+    """Some validation images, prepared by hand: shorter side to 37, the middle 32 x 32, normalised."""
+    mean, std = (torch.tensor(s, dtype=torch.float64).view(3, 1, 1) for s in STATISTICS['imagefolder'])
+    ready = []
+    for path in sorted((images / 'valid').glob('*/*.jpg'))[:n]:
+        with Image.open(path) as image:
+            w, h = image.size
+            image = image.resize((37 * w // h, 37), Image.Resampling.BILINEAR)
+            left, top = round((image.width - 32) / 2), round((37 - 32) / 2)
+            image = image.crop((left, top, left + 32, top + 32))
+            pixels = torch.tensor(list(image.tobytes()), dtype=torch.float64).view(32, 32, 3).permute(2, 0, 1)
+        ready.append(((pixels / 255 - mean) / std).float())
+    return torch.stack(ready)
+
+
+def lines_of(card):
+    """The Python in a card, the first for the file itself."""
+    return re.findall(r'```python\n(.*?)```', card.read_text(), re.DOTALL)
+
+
+def follow(card, monkeypatch, number=0):
+    """What a user has who does what the card says, up to the image."""
+    monkeypatch.chdir(card.parent)
+    scope = {'torch': torch, 'json': json}
+    exec(lines_of(card)[number].split('prepare =')[0], scope)
+    return scope
+
+
+def test_the_card_loads_the_averaged_weights_into_torchvisions_network(plain, images, ship, monkeypatch, tmp_path):
+    for source in (plain, plain / 'checkpoint.pth'):
+        made = ship(source, '--format', 'torch', '-o', tmp_path / 'student.pth')
+        assert made.code == 0 and 'validation images' in made.out, made.err
+        saved = torch.load(tmp_path / 'student.pth', weights_only=True)
+        assert saved['classes'] == ['ant', 'bee', 'cat'] and saved['image_size'] == 32
+        assert saved['arch'] == 'shufflenet_v2_x0_5' and saved['mean'] == STATISTICS['imagefolder'][0]
+        best = torch.load(plain / 'best.pth', weights_only=True)
+        assert all(torch.equal(value, best[name]) for name, value in saved['model'].items())
+        network = follow(tmp_path / 'student.pth.md', monkeypatch)['network']
+        assert type(network).__module__.startswith('torchvision')
+        ours = create_model('shufflenet_v2_x0_5', 3).eval()
+        ours.load_state_dict(best)
+        x = folder_images(images)
+        torch.testing.assert_close(network(x), ours(x))
+
+
+def test_a_card_tells_where_the_weights_are_from(reused, ship, tmp_path):
+    made = ship(reused, '--format', 'torch', '-o', tmp_path / 'student.pth')
+    card, result = (tmp_path / 'student.pth.md').read_text(), json.loads((reused / 'result.json').read_text())
+    for word in (result['teacher'], result['command'], 'simkd', 'weight 1.0', 'factor 2', '| seed | 3 |', 'epoch 0',
+                 f'{result["last"]["top1"]:.2f} %', result['versions']['torch'], 'licence'):
+        assert word in card, word
+    start = json.loads((reused / 'start.json').read_text())['scores']['teacher']
+    assert f'{start["top1"]:.2f} % / {start["top5"]:.2f} %' in card
+    assert made.code == 0 and 'batches of 8' in card
+
+
+@pytest.mark.parametrize('kind', ['torch', 'pt2', pytest.param('safetensors', marks=needs('safetensors')),
+                                  pytest.param('onnx', marks=needs('onnx', 'onnxscript', 'onnxruntime'))])
+def test_a_student_that_predicts_through_its_method_is_shipped_with_it(kind, reused, images, ship, monkeypatch,
+                                                                       tmp_path):
+    file = tmp_path / f'student{export.SUFFIX[kind]}'
+    made = ship(reused, '--format', kind, '-o', file)
+    assert made.code == 0, made.err
+    scope = follow(tmp_path / f'{file.name}.md', monkeypatch)
+    x, best = folder_images(images, n=5), torch.load(reused / 'best.pth', weights_only=True)
+    assert scope['classes'] == ['ant', 'bee', 'cat']
+
+    # by hand: the student's last map, three convolutions with norms, and the teacher's classifier
+    student = create_model('resnet8', 3).eval()
+    student.load_state_dict({k[8:]: v for k, v in best.items() if k.startswith('student.')})
+    f = student(x, features=True).head
+    part = {k.split('projector.')[1]: v for k, v in best.items() if 'projector.' in k}
+    for i, padding in ((0, 0), (3, 1), (6, 0)):
+        f = torch.nn.functional.conv2d(f, part[f'{i}.weight'], part.get(f'{i}.bias'), padding=padding)
+        scale = part[f'{i + 1}.weight'] / (part[f'{i + 1}.running_var'] + 1e-5).sqrt()
+        f = (f - part[f'{i + 1}.running_mean'].view(-1, 1, 1)) * scale.view(-1, 1, 1)
+        f = (f + part[f'{i + 1}.bias'].view(-1, 1, 1)).relu()
+    head = torch.load(reused.with_name('teacher.pth'), weights_only=True)
+    expected = f.mean((2, 3)) @ head['fc.weight'].T + head['fc.bias']
+    for n in (1, 5):
+        torch.testing.assert_close(scope['network'](x[:n]), expected[:n], rtol=1e-4, atol=1e-4)
+
+
+def test_what_differs_is_not_kept(plain, ship, monkeypatch, tmp_path):
+    write = export.write
+
+    def wrong(kind, path, network, meta):
+        network.fc.bias.data[1] += 0.01
+        write(kind, path, network, meta)
+        network.fc.bias.data[1] -= 0.01
+    monkeypatch.setattr(export, 'write', wrong)
+    (tmp_path / 'student.pth').write_text('an earlier one')
+    made = ship(plain, '--format', 'torch', '-o', tmp_path / 'student.pth')
+    assert made.code == 1 and 'another than the original' in made.err and made.err.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['student.pth']
+    assert (tmp_path / 'student.pth').read_text() == 'an earlier one'
+
+
+def test_eight_bits_have_their_score_beside_the_floats(plain, images, ship, monkeypatch, tmp_path):
+    made = ship(plain, '--format', 'torch', '-o', tmp_path / 'student.pth', '--int8')
+    assert made.code == 0, made.err
+    card = tmp_path / 'student.pth.md'
+    told = dict(re.findall(r'(float|int8): top-1 (\d+\.\d\d) %, top-5 .* of 15', made.out))
+    assert told.keys() == {'float', 'int8'} and all(f'{k}: top-1 {v} %' in card.read_text() for k, v in told.items())
+    assert f'{json.loads((plain / "result.json").read_text())["best"]["top1"]:.2f}' == told['float']
+    small, large = follow(card, monkeypatch, number=1), follow(card, monkeypatch)
+    x = folder_images(images, n=15)
+    a, b = small['network'](x), large['network'](x)
+    assert small['classes'] == large['classes'] and 0 < (a - b).abs().max() < 0.1 * b.abs().max()
+    right = (a.argmax(1) == torch.arange(15) // 5).double().mean()
+    assert abs(100 * right - float(told['int8'])) < 7  # rounding may tip one of 15
+    assert (tmp_path / 'student.int8.pt').stat().st_size < (tmp_path / 'student.pth').stat().st_size
+
+
+def test_without_its_data_it_is_checked_on_noise(plain, images, ship, tmp_path):
+    away = tmp_path / 'away'
+    shutil.copytree(plain, away)
+    arguments = json.loads((plain / 'args.json').read_text()) | {'data': str(tmp_path / 'gone')}
+    for name in ('args.json', 'result.json'):
+        content = json.loads((away / name).read_text())
+        (away / name).write_text(json.dumps(arguments if name == 'args.json' else content | {'arguments': arguments}))
+    made = ship(away, '--format', 'torch')
+    assert made.code == 0 and 'noise' in made.out and (away / 'shufflenet_v2_x0_5.pth.md').is_file()
+    assert torch.load(away / 'shufflenet_v2_x0_5.pth', weights_only=True)['classes'] == ['ant', 'bee', 'cat']
+    (away / 'checkpoint.pth').unlink()  # which had told the names
+    assert 'no names' in ship(away, '--format', 'torch').out
+    assert torch.load(away / 'shufflenet_v2_x0_5.pth', weights_only=True)['classes'][2] == 'output 2'
+    made = ship(away, '--format', 'torch', '--images', images)
+    assert made.code == 0 and 'noise' not in made.out
+    made = ship(away, '--format', 'torch', '--int8')
+    assert made.code == 1 and '--images DIR' in made.err and made.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('what, says', [
+    ('missing', 'does not exist'), ('torn', 'damaged'), ('alone', 'no args.json'), ('other', 'holds no state_dict'),
+    ('scalar', 'no classifier'), ('foreign', 'does not fit'), ('itself', 'it is what is exported'),
+    ('nowhere', 'is no folder'), ('classes', 'has 2 classes, the network 3')])
+def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path):
+    for name in ('args.json', 'best.pth', 'result.json'):
+        shutil.copy(plain / name, tmp_path)
+    best, args = tmp_path / 'best.pth', ['--format', 'torch']
+    if what == 'missing':
+        best.unlink()
+    elif what == 'torn':
+        best.write_bytes(best.read_bytes()[:5000])
+    elif what == 'alone':
+        (tmp_path / 'args.json').unlink()
+        (tmp_path / 'result.json').unlink()
+    elif what == 'nowhere':
+        args += ['-o', tmp_path / 'no' / 'student.pth']
+    elif what == 'itself':
+        args += ['-o', best]
+    elif what == 'classes':
+        for split in ('train', 'valid'):
+            shutil.copytree(images / split / 'ant', tmp_path / 'data' / split / 'ant')
+            shutil.copytree(images / split / 'bee', tmp_path / 'data' / split / 'bee')
+        args += ['--images', tmp_path / 'data']
+    else:
+        torch.save({'other': [1, 2], 'scalar': {'model': {'x': torch.zeros(())}},
+                    'foreign': create_model('resnet8', 3).state_dict()}[what], best)
+    made = ship(tmp_path, *args)
+    assert made.code == 1 and says in made.err and made.err.count('\n') == 1, made.err
+    assert not list(tmp_path.glob('*.md')) and not list(tmp_path.glob('unchecked*'))
