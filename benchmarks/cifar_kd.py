@@ -1,4 +1,5 @@
 """A training step of KD between CIFAR's networks, with a live teacher and with a cached one."""
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -6,14 +7,18 @@ import torch
 from distillers import Distillation
 from distillers.cache import TeacherCache
 from distillers.kd import KD
+from distillers.lean import LeanTeacher
 from models import create_model
-from utils.data import Batch, Dummy, Images, PlainView, Prepare, ResidentLoader, TrainData
+from utils.data import Batch, Images, Prepare, ResidentLoader, TrainData
 from utils.order import EvalOrder
 from utils.resident import VIEWS, Resident
 from utils.setup import place
+from utils.sources import Dummy
+from utils.views import PlainView
 
+from . import peers
 from .harness import Case, Row, Settings, Variant
-from .mgd_step import settle, training_step
+from .mgd_step import arguments, settle, training_step
 from .plain import plain_kd_step
 
 SIZES = {'teacher': 'resnet32x4', 'student': 'resnet8x4', 'batch': 64, 'images': 256}
@@ -34,9 +39,8 @@ def ingredients(settings: Settings, args, teacher: str, student: str, batch: int
 
 
 def options(channels_last: bool, amp: str) -> SimpleNamespace:
-    return SimpleNamespace(channels_last=channels_last, compile=False, amp=amp, no_bias_decay=False, optimizer='sgd',
-                           lr=0.01, momentum=0.9, nesterov=False, weight_decay=5e-4, dataset='cifar100', mixup=0,
-                           cutmix=0, cache_dir=None)
+    return SimpleNamespace(**vars(arguments(channels_last, amp, fold=True)) | {
+        'lr': 0.01, 'weight_decay': 5e-4, 'dataset': 'cifar100', 'mixup': 0, 'cutmix': 0, 'cache_dir': None})
 
 
 def our_step(settings: Settings, sizes: dict, amp='off', cached=False):
@@ -45,9 +49,23 @@ def our_step(settings: Settings, sizes: dict, amp='off', cached=False):
     student, teacher = (place(network, settings.device, args) for network in (student, teacher))
     task, prepare = Distillation(student, teacher, {'kd': KD(student, teacher)}), Prepare(args, settings.device)
     if cached:
-        task.cache = TeacherCache(teacher, 'teacher', task.read_of_teacher(), train, prepare, settings.device, args)
-        prepare = task.cache.prepare
+        task.stand_in = TeacherCache(teacher, 'teacher', task.read_of_teacher(), train, prepare, settings.device, args)
+        prepare = task.stand_in.prepare
+    else:
+        task.stand_in = LeanTeacher(task, teacher, settings.device, args)
     return training_step(task, batch, args, prepare)
+
+
+def peer_steps(settings: Settings, sizes: dict) -> dict:
+    makers = {peers.MDISTILLER: partial(peers.mdistiller_kd, names=(sizes['student'], sizes['teacher'])),
+              peers.TORCHDISTILL: peers.torchdistill_kd} if settings.peers else {}
+    steps = {}
+    for name, make in makers.items():
+        if not peers.trouble(settings, name):
+            args = options(False, 'off')
+            student, teacher, _, batch = ingredients(settings, args, **sizes)
+            steps[name] = Variant(make(settings, student, teacher, batch=Prepare(args, settings.device)(batch)))
+    return steps
 
 
 def cifar_kd(settings: Settings, **sizes) -> Case:
@@ -61,7 +79,10 @@ def cifar_kd(settings: Settings, **sizes) -> Case:
         'bf16 live': Variant(our_step(settings, sizes, 'bf16'), 'bf16'),
         'cached': Variant(our_step(settings, sizes, cached=True)),
         'bf16 cached': Variant(our_step(settings, sizes, 'bf16', cached=True), 'bf16'),
-    }
-    rows = [Row('live', 'plain', 1.1, tolerance=1e-4), Row('bf16 live', 'plain', 2.0, tolerance=2e-2),
-            Row('cached', 'plain', 2.2, tolerance=1e-3), Row('bf16 cached', 'plain', 5.0, tolerance=2e-2)]
-    return Case(variants, rows)
+    } | peer_steps(settings, sizes)
+    goals = {'plain': (1.1, 2.0, 2.2, 5.0), peers.MDISTILLER: (1.2, 2.5, 2.2, 7.0),
+             peers.TORCHDISTILL: (1.2, 2.5, 2.2, 7.0)}
+    tolerances = {'live': 1e-4, 'bf16 live': 2e-2, 'cached': 1e-3, 'bf16 cached': 2e-2}
+    rows = [Row(variant, baseline, goal, tolerance=tolerance) for baseline, aims in goals.items()
+            for (variant, tolerance), goal in zip(tolerances.items(), aims)]
+    return Case(variants, rows, skipped=peers.trouble(settings, peers.MDISTILLER, peers.TORCHDISTILL))

@@ -1,24 +1,28 @@
 """Other projects, from checkouts on this machine. Their code is imported as it is.
 
-The only help it gets: stand-ins for modules that no longer exist, and on a CPU tensors whose .cuda() does nothing.
+The only help it gets: stand-ins for modules that cannot be imported, and on a CPU tensors whose .cuda() does nothing.
 """
 import contextlib
+import importlib
 import importlib.util
 import io
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
 from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 from torch import nn
+from torchvision import datasets
 
 from .harness import Settings
 
-MGD = 'KaiyuYue/mgd'
+MGD, MDISTILLER, TORCHDISTILL = 'KaiyuYue/mgd', 'megvii-research/mdistiller', 'yoshitomo-matsubara/torchdistill'
+PEERS = (MGD, MDISTILLER, TORCHDISTILL)
 
 
 class LinearSumAssignment(SimpleLinearSumAssignment):
@@ -47,20 +51,45 @@ def package(name, folder):
     return module
 
 
+def imported(folder: Path, *modules: str) -> list[ModuleType]:
+    """Of a project that is not installed, by their own names; what it misses is stood in for meanwhile."""
+    if not folder.is_dir():
+        raise FileNotFoundError('there is no such folder')
+    stand_ins = []
+    with patch.object(sys, 'path', [str(folder), *sys.path]):
+        while True:
+            try:
+                found = [importlib.import_module(module) for module in modules]
+                break
+            except ModuleNotFoundError as error:
+                if error.name.partition('.')[0] == folder.name:
+                    raise
+                stand_ins.append(error.name)
+                sys.modules[error.name] = MagicMock()
+    for name in stand_ins:
+        del sys.modules[name]
+    return found
+
+
 @cache
-def trouble(settings: Settings) -> tuple[str, ...]:
-    """A line where the peer was asked for and cannot be had."""
-    if not settings.peers:
-        return ()
-    try:
-        load(settings.peers / 'mgd')
-    except (ImportError, OSError) as error:
-        return (f'{MGD} in {settings.peers / "mgd"}: {error}',)
-    return ()
+def trouble(settings: Settings, *names: str) -> tuple[str, ...]:
+    """A line for each of the named peers (MGD's, if none) that was asked for and cannot be had."""
+    lines = []
+    for name in names or (MGD,):
+        try:
+            if settings.peers:
+                LOADERS[name](folder(settings, name))
+        except (ImportError, OSError) as error:
+            lines.append(f'{name} in {folder(settings, name)}: {error}')
+    return tuple(lines)
 
 
-def revision(settings: Settings) -> str:
-    command = ['git', '-C', str(settings.peers / 'mgd'), 'rev-parse', 'HEAD']
+def folder(settings: Settings, name: str) -> Path:
+    return settings.peers / name.partition('/')[2]
+
+
+def revision(settings: Settings, name: str = MGD) -> str:
+    command = ['git', '-C', str(folder(settings, name)), 'rev-parse', 'HEAD']
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or 'of unknown revision'
 
 
@@ -145,3 +174,73 @@ def mobilenet_v2(settings: Settings, network):
 def features(network, x):
     preact, logits = network.extract_feature(x, preReLU=True)
     return logits, preact
+
+
+# CIFAR
+
+@cache
+def load_mdistiller(folder: Path):
+    distillers, models, dataset = imported(folder, 'mdistiller.distillers', 'mdistiller.models',
+                                           'mdistiller.dataset.cifar100')
+    return SimpleNamespace(KD=distillers.KD, networks=models.cifar_model_dict, dataset=dataset)
+
+
+@cache
+def load_torchdistill(folder: Path):
+    core, = imported(folder, 'torchdistill.core.distillation')
+    return SimpleNamespace(DistillationBox=core.DistillationBox)
+
+
+LOADERS = {MGD: load, MDISTILLER: load_mdistiller, TORCHDISTILL: load_torchdistill}
+
+
+def mdistiller_kd(settings: Settings, student, teacher, names: tuple[str, str], batch):
+    """A step as in its trainer, without the meters, with its own networks."""
+    peer = load_mdistiller(folder(settings, MDISTILLER))
+    s_net, t_net = (copied(peer.networks[name][0](num_classes=100), network)
+                    for name, network in zip(names, (student, teacher)))
+    weights = SimpleNamespace(CE_WEIGHT=0.1, KD_WEIGHT=0.9)
+    distiller = peer.KD(s_net, t_net, SimpleNamespace(KD=SimpleNamespace(TEMPERATURE=4, LOSS=weights))).train()
+    optimizer = torch.optim.SGD(distiller.get_learnable_parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def run():
+        optimizer.zero_grad()
+        _, losses = distiller(image=batch.images, target=batch.target, epoch=1)
+        loss = sum(part.mean() for part in losses.values())
+        loss.backward()
+        optimizer.step()
+        return {'loss': loss}
+    return run
+
+
+def torchdistill_kd(settings: Settings, student, teacher, batch):
+    """A step of its DistillationBox with our networks, as it does not have these."""
+    peer = load_torchdistill(folder(settings, TORCHDISTILL))
+    ends = {f'{who}_module_{what}': value for who in ('student', 'teacher')
+            for what, value in (('path', '.'), ('io', 'output'))}
+    loss = {'key': 'KDLoss', 'kwargs': {**ends, 'temperature': 4.0, 'alpha': 0.1, 'reduction': 'batchmean'}}
+    box = peer.DistillationBox(teacher, student, {}, {
+        'num_epochs': 1, 'teacher': {'requires_grad': False, 'forward_proc': 'forward_batch_only'},
+        'student': {'forward_proc': 'forward_batch_only'},
+        'optimizer': {'key': 'SGD', 'kwargs': {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-4}},
+        'criterion': {'key': 'WeightedSumLoss', 'kwargs': {'sub_terms': {'kd': {'criterion': loss, 'weight': 1.0}}}},
+    }, settings.device, None, False, 1)
+    box.pre_epoch_process()
+
+    def run():
+        loss = box.forward_process(batch.images, batch.target, None)
+        box.post_forward_process(loss=loss)
+        return {'loss': loss}
+    return run
+
+
+def mdistiller_crd_loader(settings: Settings, images: np.ndarray, targets: list[int], batch: int, negatives: int):
+    """Its loader for CRD over these images in place of the official files."""
+    dataset = load_mdistiller(folder(settings, MDISTILLER)).dataset
+
+    def fill(data, transform, **_):
+        data.data, data.targets, data.transform, data.target_transform = images, targets, transform, None
+
+    with patch.object(datasets.CIFAR100, '__init__', fill):
+        samples = dataset.CIFAR100InstanceSample('', transform=dataset.get_cifar100_train_transform(), k=negatives)
+    return torch.utils.data.DataLoader(samples, batch_size=batch, shuffle=True)

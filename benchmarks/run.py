@@ -2,7 +2,8 @@
 
     python benchmarks/run.py                         everything, on a CPU
     python benchmarks/run.py mgd-step --device cuda  one case, on a GPU
-    python benchmarks/run.py --peers ~/checkouts     also against https://github.com/KaiyuYue/mgd in ~/checkouts/mgd
+    python benchmarks/run.py --peers ~/checkouts     also against KaiyuYue/mgd, megvii-research/mdistiller and
+                                                     yoshitomo-matsubara/torchdistill in ~/checkouts/mgd and so on
 
 Before a speed is printed, the results are compared. Exits with 1 where they differ or a goal is missed.
 """
@@ -47,8 +48,9 @@ def main(cases=CASES, arguments=None) -> int:
 
     facts = {'command': sys.argv, 'time': datetime.now().isoformat(timespec='seconds'), 'device': device_name(settings),
              'threads': args.threads, 'rounds': args.rounds, 'git': git_revision(), 'versions': versions()}
-    if args.peers and not peers.trouble(settings):
-        facts['peers'] = {peers.MGD: peers.revision(settings)}
+    if args.peers:
+        facts['peers'] = {name: peers.revision(settings, name) for name in peers.PEERS
+                          if not peers.trouble(settings, name)}
     print(*(f'{key}: {value}' for key, value in facts.items()), sep='\n')
     print(f'\n{HEAD}', flush=True)
 

@@ -58,8 +58,9 @@ class CRD(Distiller):
         n, d = len(targets), self.embed_s.out_features
         self.memory_s, self.memory_t = (  # drawn on the CPU: the same whatever the device
             ((2 * torch.rand(n, d) - 1) * math.sqrt(3 / d)).to(targets.device) for _ in range(2))
-        for name, value in {'targets': targets, 'order': targets.argsort(stable=True),  # one class after the other,
-                            'size': size, 'first': size.cumsum(0) - size}.items():  # each so long, from there on
+        order = targets.argsort(stable=True)  # one class after the other, each so long, from there on; all of it twice
+        for name, value in {'targets': targets, 'order': torch.cat([order, order]), 'size': size.int(),
+                            'first': (size.cumsum(0) - size).int()}.items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, s, t, batch):
@@ -82,10 +83,10 @@ class CRD(Distiller):
         """[B] -> [B, 1 + K], for each sample the numbers of its positive and its negatives."""
         own = self.targets[index, None]
         first, size = self.first[own], self.size[own]
-        place = uniform((len(index), self.negatives), len(self.targets) - size)
-        place += size * (place >= first)  # leaps over its own class
-        positives = index[:, None] if self.mode == 'exact' else self.order[first + uniform(own.shape, size)]
-        return torch.cat([positives, self.order[place]], 1)
+        place = uniform((len(index), 1 + self.negatives), len(self.targets) - size).add_(first + size)  # after its own
+        drawn = self.order.index_select(0, place.flatten()).view_as(place)
+        drawn[:, :1] = index[:, None] if self.mode == 'exact' else self.order[first + uniform(own.shape, size)]
+        return drawn
 
     @torch.no_grad()
     def fix_z(self, x: Tensor, counts: bool):
@@ -107,5 +108,5 @@ def compare(e: Tensor, memory: Tensor, drawn: Tensor) -> Tensor:
 
 
 def uniform(shape, below: Tensor) -> Tensor:
-    """Random integers, each below a bound of its own."""
-    return torch.randint(2**62, shape, device=below.device) % below
+    """Random int32, each below a bound of its own; even to within bound / 2^31."""
+    return torch.empty(shape, dtype=torch.int32, device=below.device).random_().remainder_(below)

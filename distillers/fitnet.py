@@ -16,20 +16,27 @@ class FitNet(Distiller):
 
     Defaults: RepDistiller and mdistiller, CIFAR-100.
 
-    stage: the student's stage that gets a hint, 1 is the first after the stem; the pairing tells the teacher's
+    stage: the student's stage that gets a hint, 1 is the first after the stem
+    stage_t: the teacher's stage that is the hint; 0: the one that the pairing tells
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
-    def __init__(self, student, teacher, *, stage=2, weight=100.0, pairing: Pairing = 'depth'):
+    def __init__(self, student, teacher, *, stage=2, stage_t=0, weight=100.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)
+        maps_s, maps_t = probe(student).maps, probe(teacher).maps
         pairs = dict(stage_pairs(student, teacher, pairing))
+        if stage_t:
+            pairs = dict.fromkeys(range(len(maps_s)), stage_t - 1)
+        if not 0 <= stage_t <= len(maps_t):
+            raise ValueError(f'the teacher has {len(maps_t)} stages, and no stage {stage_t} (--fitnet-stage-t)')
         if stage - 1 not in pairs:
             raise ValueError(f'stage {stage} of the student has no partner for a hint; these have one: '
                              f'{", ".join(str(i + 1) for i in pairs)} (--fitnet-stage)')
         self.weight, self.stage_s, self.stage_t = weight, stage - 1, pairs[stage - 1]
-        self.regressor = Regressor(probe(student).maps[self.stage_s].shape, probe(teacher).maps[self.stage_t].shape)
+        self.pairing = [(self.stage_s, self.stage_t)]
+        self.regressor = Regressor(maps_s[self.stage_s].shape, maps_t[self.stage_t].shape)
 
     def forward(self, s, t, batch):
         guess, hint = self.regressor(s.maps[self.stage_s], t.maps[self.stage_t])

@@ -123,7 +123,8 @@ distillation() {  # for $pair by $method
                 resnet32x4-cifar_shufflenet_v2) recipe+=(--expkd-weight 100) ;;  # of the 1.5 times wider student
                 *) unpublished 'weight or rate' ;;
             esac ;;
-        fitnet_kd) recipe+=(--distiller kd fitnet --ce-weight 0.1 --fitnet-stage 3 --fitnet-weight 2) ;;
+        fitnet_kd) recipe+=(--distiller kd fitnet --ce-weight 0.1
+                            --fitnet-stage 3 --fitnet-stage-t 3 --fitnet-weight 2) ;;
         at_kd) recipe+=(--distiller kd at --ce-weight 0.1) ;;
         srd_full) recipe+=(--distiller srd --srd-feat full --srd-logit-weight 2) ;;
         srdwithdist)

@@ -4,11 +4,11 @@
 #
 #     DATA=/cifar scripts/srd_dist.sh teachers 'wrn_40_4 wrn_40_2 cifar_resnet18' 0
 #
-# Not as published: images are padded with zeros before the crop, there with their reflection. Where the student is
-# MobileNetV2 and the teacher a WRN, the hint for the student's third stage is the teacher's second, there its third.
-# Which teacher made DML's first column is not known; here it is the pair's. Published are single runs.
+# Images are padded with their reflection before the crop. Which teacher made DML's first column is not known; here it
+# is the pair's. Published are single runs.
 words='METHOD [PAIRS [SEEDS]]'
 pairs='wrn_40_4-wrn_16_4 wrn_40_2-wrn_40_1 wrn_40_4-wrn_16_2 wrn_40_4-cifar_mobilenet_v2_x1_0
        cifar_resnet18-cifar_mobilenet_v2_x1_0'
 seeds='0 1 2 3 4' table=srd_dist
+set -- "$@" --crop-padding reflect
 source "$(dirname "$0")/cifar100.sh"

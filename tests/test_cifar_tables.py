@@ -167,7 +167,7 @@ def test_methods_of_two_stages(asked, method):
 @pytest.mark.parametrize('method, distillers, values', [
     ('kd', ['kd'], {'kd_temperature': 4, 'kd_weight': 0.9}),
     ('fitnet_kd', ['kd', 'fitnet'], {'ce_weight': 0.1, 'kd_temperature': 4, 'kd_weight': 0.9, 'fitnet_weight': 2,
-                                     'fitnet_stage': 3}),
+                                     'fitnet_stage': 3, 'fitnet_stage_t': 3}),
     ('at_kd', ['kd', 'at'], {'ce_weight': 0.1, 'kd_temperature': 4, 'kd_weight': 0.9, 'at_weight': 1000}),
     ('dml', ['dml'], {'dml_weight_s': 1, 'dml_weight_t': 1, 'teacher_resume': None}),
     ('dist', ['dist'], {'dist_beta': 2, 'dist_gamma': 2, 'dist_temperature': 4}),

@@ -307,6 +307,20 @@ def test_fitnet_refuses_a_stage_without_partner():
         assert FitNet(*make('more stages'), stage=stage).stage_t == expected
 
 
+def test_fitnet_takes_the_hint_it_is_told():
+    student, teacher = (create_model(name, 100) for name in ('cifar_mobilenet_v2_x1_0', 'wrn_40_4'))
+    student.image_size = teacher.image_size = 32
+    assert FitNet(student, teacher, stage=3).stage_t == 1  # by depth
+    method = FitNet(student, teacher, stage=3, stage_t=3)
+    s, t = probe(student), probe(teacher)
+    guess, hint = method.regressor(s.maps[2], t.maps[2])
+    assert method.stage_t == 2 and guess.shape == hint.shape == (1, 256, 8, 8)
+    assert torch.equal(hint, t.maps[2])
+    for stage, stage_t, says in ((3, 4, 'has 3 stages, and no stage 4'), (5, 3, 'these have one: 1, 2, 3, 4')):
+        with pytest.raises(ValueError, match=says):
+            FitNet(student, teacher, stage=stage, stage_t=stage_t)
+
+
 # AB
 
 @pytest.mark.parametrize('which', ['same', 'narrower', 'smaller maps', 'larger maps'])
