@@ -1,9 +1,11 @@
 """Train or evaluate a network. `python main_base.py --help` lists the flags, README.md the ways to start it."""
 import sys
+from functools import partial
 
 import torch
 
-from models import create_model
+from distillers import inspection
+from models import Foreign, Renormalised, create_model
 from utils import checkpoint, distributed, setup
 from utils.args import base_parser, check
 from utils.data import Prepare, load_data
@@ -11,6 +13,7 @@ from utils.engine import Supervised, evaluate, train_one_epoch
 from utils.optim import make_ema, make_optimizer, total_epochs
 from utils.randomness import seed_everything
 from utils.run import Run
+from utils.views import STATISTICS
 
 
 def main():
@@ -20,11 +23,11 @@ def main():
         parser.error('--teacher-resume needs --evaluate here; main_distill.py trains with a teacher')
     if args.optimizer == 'dot':
         parser.error('--optimizer dot weighs distillation against labels: it is for main_distill.py')
-    distributed.launch(worker, args)
+    distributed.launch(partial(inspection.worker, build, build_teacher, showing) if args.inspect else worker, args)
 
 
 def worker(args, device):
-    setup.configure(args)
+    setup.configure(args, device)
     run = Run(args, device)
 
     # data
@@ -39,8 +42,8 @@ def worker(args, device):
         load_evaluated(student, run, args)
         networks = {'student': distributed.replicated(student, device, args)}
         if args.teacher_resume:
-            teacher = setup.place(build(args.teacher_arch, outputs), device, args)
-            checkpoint.load_weights(teacher, args.teacher_resume)
+            teacher = setup.place(build_teacher(args, outputs), device, args)
+            checkpoint.load_weights(teacher, args.teacher_resume, classes)
             networks['teacher'] = distributed.replicated(teacher, device, args)
         run.report(evaluate(networks, valid, prepare, device, args))
         return
@@ -64,13 +67,55 @@ def worker(args, device):
 
 
 def build(arch, classes, pretrained=False):
-    """A network of models/ or of torchvision, or one line that says why not."""
-    if pretrained and classes != 1000:
+    """A network by name (models/__init__.py), or one line that says why not."""
+    if pretrained and ':' in arch and not arch.startswith(('torchvision:', 'timm:')):
+        distributed.say(f'note: the weights of {arch} are those that it returns')
+    elif pretrained and classes != 1000:
         distributed.say(f'note: the pretrained classifier has 1000 outputs; one with {classes} starts fresh')
     try:
         return create_model(arch, classes, pretrained)
     except (ValueError, OSError) as error:  # an unknown name, weights that cannot be downloaded
         sys.exit(f'error: {arch}: {error}')
+
+
+def build_teacher(args, classes, pretrained=False, shows=False):
+    """The teacher, for the student's images: it gets them normalised, and of the size, as it was trained."""
+    network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
+    mean, std, size = published = images_of(network) or (*given, args.image_size)
+    if not pretrained:  # weights from a file need not be from where the network is
+        mean, std, size = *given, args.image_size
+        if published != (mean, std, size):
+            distributed.say(f'note: {args.teacher_arch} was published for images of mean {published[0]}, std '
+                            f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
+                            '--teacher-mean, --teacher-std, --teacher-size')
+    wanted, size = (tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)), args.teacher_size or size
+    if shows:
+        network = showing(network, args.teacher_arch, classes, args.teacher_stages, size)
+    if (wanted, size) == (given, args.image_size):
+        return network
+    network = Renormalised(network, given, wanted, size)
+    distributed.say(f'{args.teacher_arch}{network.identity}')
+    return network
+
+
+def images_of(network):
+    """Mean, std and size of the images that a network of timm was published for."""
+    published = getattr(network, 'pretrained_cfg', None)
+    return published and (tuple(published['mean']), tuple(published['std']), published['input_size'][-1])
+
+
+def showing(network, arch, classes, stages, image_size):
+    """A network that shows its features: itself, or inside an adapter."""
+    if hasattr(network, 'feature_channels'):
+        if stages:
+            sys.exit(f'error: {arch} has stages of its own; torchvision:NAME, timm:NAME and functions take others')
+        return network
+    try:
+        network = Foreign(network, classes, stages, dict.fromkeys([224, image_size]))
+    except ValueError as error:
+        sys.exit(f'error: {arch}: {error}')
+    distributed.say(f'{arch}: {network.told}')
+    return network
 
 
 def load_evaluated(network, run, args):

@@ -4,14 +4,15 @@
 """
 import argparse
 import sys
+from functools import partial
 
 import torch
 
-from distillers import DISTILLERS, Distillation, adapts, add_flags, describe, drop_foreign, from_flags
+from distillers import DISTILLERS, Distillation, adapts, add_flags, describe, drop_foreign, from_flags, inspection
 from distillers.cache import TeacherCache
-from main_base import build, load_evaluated
-from models import NETWORKS
-from utils import checkpoint, distributed, setup
+from distillers.lean import LeanTeacher
+from main_base import build, build_teacher, load_evaluated, showing
+from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
 from utils.engine import evaluate, train_one_epoch
@@ -28,6 +29,10 @@ def main():
                    help=f'methods, whose losses add up: {", ".join(DISTILLERS)}')
     g.add_argument('--ce-weight', type=nonnegative, metavar='W',
                    help="factor of the labels' cross entropy (default: the method's own if it runs alone, else 1)")
+    for whose in ('student', 'teacher'):
+        g.add_argument(f'--{whose}-stages', type=lambda text: text.split(','), metavar='PATH,PATH,...',
+                       help='modules of a network from elsewhere, by their names in it, whose outputs are its maps '
+                            '(default: found by a probe)')
     g.add_argument('--logit-standardize', **on, help='methods see the z-scores of each logit vector (LSKD)')
     g.add_argument('--pair-images', type=count, default=20000, metavar='N',
                    help='training images that a method may look at with both networks before an epoch')
@@ -35,6 +40,10 @@ def main():
                    help="keep the teacher's logits (and pooled features, if needed) of all 162 views of each CIFAR "
                         'image, in float16: as they come up, or all of them before the first epoch')
     g.add_argument('--cache-dir', metavar='DIR', help='keep them in files there, too, which runs share')
+    g.add_argument('--fold-teacher', **on,
+                   help="train under a copy of the teacher with its BatchNorms in its convolutions")
+    g.add_argument('--teacher-amp', choices=('off', 'bf16', 'fp16'),
+                   help='precision of the teacher that trains the student (default: as --amp)')
     g.add_argument('--skip-first-evaluation', action='store_true', help='do not score both networks at the start')
     g.add_argument('--list-distillers', action='store_true', help='print every method with its paper and flags')
     add_flags(parser, DISTILLERS)
@@ -60,11 +69,13 @@ def main():
         if needy := [name for name in args.distiller if DISTILLERS[name].teacher_reads is None]:
             parser.error("--cache-teacher keeps a frozen teacher's logits and pooled features, but more is read by "
                          f'--distiller {" ".join(needy)}')
-    distributed.launch(worker, args)
+        if args.fold_teacher or args.teacher_amp:
+            parser.error('--cache-teacher spares the teacher that --fold-teacher and --teacher-amp would make faster')
+    distributed.launch(partial(inspection.worker, build, build_teacher, showing) if args.inspect else worker, args)
 
 
 def worker(args, device):
-    setup.configure(args)
+    setup.configure(args, device)
     run = Run(args, device)
 
     # data
@@ -74,21 +85,22 @@ def worker(args, device):
 
     # teacher and its weights
     seed_everything(run.seed, 'teacher')
-    for arch in (args.teacher_arch, args.arch):
-        if arch not in NETWORKS:
-            sys.exit(f'error: {arch} does not show its features; networks that do: {", ".join(NETWORKS)}')
     untrained = any(DISTILLERS[name].trains_teacher for name in args.distiller)
-    teacher = setup.place(build(args.teacher_arch, outputs, not (args.teacher_resume or args.dummy or untrained)),
-                          device, args)
+    teacher = build_teacher(args, outputs, not (args.teacher_resume or args.dummy or untrained), shows=True)
+    teacher = setup.place(teacher, device, args)
     if args.teacher_resume:
-        checkpoint.load_weights(teacher, args.teacher_resume)
+        checkpoint.load_weights(teacher, args.teacher_resume, classes)
     elif args.dummy:
         distributed.say('note: made-up images, made-up teacher: its weights are random')
-    run.facts['teacher'] = f'{args.teacher_arch} {checkpoint.fingerprint(teacher)}'
+    run.facts['teacher'] = f'{args.teacher_arch} {checkpoint.fingerprint(teacher)}' + getattr(teacher, 'identity', '')
+    if not untrained:  # runs of several --seeds share one of these weights
+        teacher = together.shared(run.facts['teacher'], lambda: teacher)
 
     # student and its weights
     seed_everything(run.seed, 'initial weights')
-    student = setup.place(build(args.arch, outputs, args.pretrained), device, args)
+    student = showing(build(args.arch, outputs, args.pretrained), args.arch, outputs, args.student_stages,
+                      args.image_size)
+    student = setup.place(student, device, args)
     if args.student_resume and not args.evaluate:
         checkpoint.load_weights(student, args.student_resume)
 
@@ -102,6 +114,10 @@ def worker(args, device):
                                     args.label_smoothing, args.logit_standardize).to(device)
         if train:
             distillation.know(torch.tensor(train.images.source.targets, device=device))
+        lean = args.fold_teacher or args.teacher_amp or (args.fast and distillation.teacher_stands_still)
+        if lean and args.cache_teacher == 'off' and not args.evaluate:
+            distillation.stand_in = together.shared(
+                ('lean', teacher), lambda: LeanTeacher(distillation, teacher, device, args))
     except ValueError as error:  # a pair, or data, that a method cannot work with
         sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
     network = distillation.shipped()
@@ -114,12 +130,15 @@ def worker(args, device):
         return
 
     # what trains them
+    cache = None
     if args.cache_teacher != 'off':
-        distillation.cache = TeacherCache(distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(),
-                                          train, prepare, device, args)
-        prepare_mixed = distillation.cache.prepare
-        distributed.say(f'teacher cache: {distillation.cache}')
+        cache = together.shared(('cache', teacher), lambda: TeacherCache(
+            distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(), train, prepare, device, args))
+        distillation.stand_in, prepare_mixed = cache, cache.prepare
+        distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
+    for distiller in distillers.values():
+        setup.compiled(distiller, args)
     task = distributed.wrap(distillation, device, args)
     optimizer = make_optimizer(task, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
@@ -129,7 +148,7 @@ def worker(args, device):
     if not (args.skip_first_evaluation or run.progress['epoch'] or run.progress['sample']):
         run.report(evaluate(both, valid, prepare, device, args), 'start.json')
 
-    if args.cache_teacher == 'full' and not distillation.cache.fill():
+    if args.cache_teacher == 'full' and not cache.fill():
         run.interrupt()
 
     # epochs
@@ -138,8 +157,8 @@ def worker(args, device):
             return map(prepare, train.sample(epoch, args.pair_images))
         run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
         train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
-        if distillation.cache:
-            distillation.cache.save()
+        if cache:
+            cache.save()
         networks = both if distillation.trains_teacher else {}
         run.end_epoch(evaluate(networks | {'student': distributed.replicated(run.shipped(), device, args)}, valid,
                                prepare, device, args))

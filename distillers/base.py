@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models import Features
 from utils import distributed
 from utils.args import switch
+from utils.closely import timed
 
 
 class Distiller(nn.Module):
@@ -26,6 +27,7 @@ class Distiller(nn.Module):
     trains_teacher = False  # whether the second network learns, too
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
+    pairing: list[tuple[int, int]] = []  # noqa: RUF012, the student's and the teacher's stages that forward compares
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
     def forward(self, s: Features, t: Features, batch) -> dict[str, torch.Tensor]:
@@ -73,12 +75,14 @@ class Distillation(nn.Module):
         if ce_weight is None:
             ce_weight = next(iter(methods)).default_ce_weight if len(distillers) == 1 else 1.0
         self.ce_weight, self.label_smoothing, self.standardize = ce_weight, label_smoothing, standardize
-        self.cache = None  # a TeacherCache, to ask in place of the teacher
+        self.stand_in = None  # to ask in place of the teacher: a TeacherCache or a LeanTeacher
 
     def forward(self, batch):
-        with torch.set_grad_enabled(self.trains_teacher), by_the_batch(self.teacher, self.batch_statistics):
-            t = self.cache(batch) if self.cache else self.teacher(batch.images, features=True)
-        own = self.student(batch.images, features=True)
+        with (torch.set_grad_enabled(self.trains_teacher), by_the_batch(self.teacher, self.batch_statistics),
+              timed('teacher')):
+            t = self.stand_in(batch) if self.stand_in else self.teacher(batch.images, features=True)
+        with timed('student'):
+            own = self.student(batch.images, features=True)
         s = adapt(self.distillers.values(), own)
         logits = s.logits
         losses = {'ce': self.cross_entropy(logits, batch)}
@@ -103,6 +107,10 @@ class Distillation(nn.Module):
         through = {name: distiller for name, distiller in self.distillers.items() if adapts(type(distiller))}
         return Adapted(self.student, through) if through else self.student
 
+    @property
+    def teacher_stands_still(self) -> bool:
+        return not (self.trains_teacher or self.batch_statistics)
+
     def know(self, targets: torch.Tensor):
         for distiller in self.distillers.values():
             distiller.know(targets)
@@ -120,7 +128,7 @@ class Distillation(nn.Module):
     def pairs(self, batches):
         with evaluating(self.student), evaluating(self.teacher):
             for batch in batches:
-                yield self.student(batch.images, features=True), self.teacher(batch.images, features=True)
+                yield tuple(x.forward(batch.images, features=True) for x in (self.student, self.teacher))
 
 
 class Adapted(nn.Module):
@@ -186,9 +194,24 @@ def probe(network: nn.Module) -> Features:
 
     The image has the size that the network is used with, if whoever built it has noted that as its `image_size`.
     """
-    size = getattr(network, 'image_size', 64)
     with evaluating(network):
-        return network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device), features=True)
+        shown = network.forward(probe_image(network), features=True)  # without --compile
+    return shown if shown.maps else shown._replace(maps=NoMaps(), preact=NoMaps())
+
+
+class NoMaps:
+    """What a transformer shows for maps, until somebody asks for them."""
+
+    def __iter__(self, *_):
+        raise ValueError('one of the two has no maps [N, C, H, W], which the method compares; take one that compares '
+                         'logits or pooled features')
+
+    __getitem__ = __len__ = __iter__
+
+
+def probe_image(network: nn.Module) -> torch.Tensor:
+    size = getattr(network, 'image_size', 64)
+    return torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
 
 
 def positive(**values: float):

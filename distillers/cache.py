@@ -25,8 +25,9 @@ import torch
 
 from models import Features
 from utils import distributed, signals
-from utils.data import STATISTICS, Batch
+from utils.data import Batch
 from utils.resident import VIEWS
+from utils.views import STATISTICS
 
 from .base import probe
 

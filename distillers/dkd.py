@@ -30,10 +30,10 @@ class DKD(Distiller):
         super().__init__()
         positive(temperature=temperature, warmup=warmup, **{'alpha + beta': alpha + beta})
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
-        self.warm = 1.0
+        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
 
     def start_epoch(self, epoch, pairs):
-        self.warm = min(epoch / self.warmup, 1.0)
+        self.warm.fill_(min(epoch / self.warmup, 1.0))
 
     def forward(self, s, t, batch):
         tckd, nckd, _ = decoupled(s.logits, t.logits, batch.target, self.temperature)

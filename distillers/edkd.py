@@ -1,6 +1,8 @@
 """Exponential Dynamic Knowledge Distillation. Code release without a paper, 2024."""
 from typing import Literal
 
+import torch
+
 from .base import Distiller, positive
 from .dkd import decoupled
 
@@ -27,10 +29,11 @@ class EDKD(Distiller):
         super().__init__()
         positive(beta_max=beta_max, temperature=temperature, warmup=warmup)
         self.per_sample, self.beta_max, self.confidence = beta == 'sample', beta_max, confidence
-        self.temperature, self.warmup, self.warm = temperature, warmup, 1.0
+        self.temperature, self.warmup = temperature, warmup
+        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
 
     def start_epoch(self, epoch, pairs):
-        self.warm = min(epoch / self.warmup, 1.0)
+        self.warm.fill_(min(epoch / self.warmup, 1.0))
 
     def forward(self, s, t, batch):
         tckd, nckd, p_t = decoupled(s.logits, t.logits, batch.target, self.temperature)

@@ -26,19 +26,18 @@ class FSP(Distiller):
     def __init__(self, student, teacher, *, weight=1.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)
-        pairs = stage_pairs(student, teacher, pairing)
+        self.weight, self.pairing = weight, stage_pairs(student, teacher, pairing)
         channels_s, channels_t = ([x.shape[1] for x in probe(network).maps] for network in (student, teacher))
-        unequal = [(channels_s[i], channels_t[j]) for i, j in pairs if channels_s[i] != channels_t[j]]
+        unequal = [(channels_s[i], channels_t[j]) for i, j in self.pairing if channels_s[i] != channels_t[j]]
         if unequal:
             raise ValueError('paired stages have {} and {} channels; FSP matrices need equal numbers: take networks of '
                              'one family and width, or a method that adapts channels (fitnet, ab)'.format(*unequal[0]))
-        if len(pairs) < 2:
+        if len(self.pairing) < 2:
             raise ValueError('a flow goes from stage to stage, but one pair is all there is: try --fsp-pairing depth, '
                              'or take networks of more stages')
-        self.weight, self.stages_s, self.stages_t = weight, *zip(*pairs)
 
     def forward(self, s, t, batch):
-        flows_s, flows_t = flows([s.maps[i] for i in self.stages_s]), flows([t.maps[j] for j in self.stages_t])
+        flows_s, flows_t = flows([s.maps[i] for i, _ in self.pairing]), flows([t.maps[j] for _, j in self.pairing])
         return {'fsp': self.weight * sum(map(F.mse_loss, flows_s, flows_t))}
 
 

@@ -28,7 +28,7 @@ class ReviewKD(Distiller):
         super().__init__()
         positive(weight=weight, warmup=warmup, max_mid=max_mid)
         self.weight, self.warmup, self.student_preact = weight, warmup, student_preact
-        self.warm = 1.0
+        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
 
         self.pairing = stage_pairs(student, teacher)
         c_s, c_t = ([f.shape[1] for f in levels] for levels in self.levels(probe(student), probe(teacher)))
@@ -45,7 +45,7 @@ class ReviewKD(Distiller):
         return levels_s, levels_t
 
     def start_epoch(self, epoch, pairs):
-        self.warm = min(epoch / self.warmup, 1.0)
+        self.warm.fill_(min(epoch / self.warmup, 1.0))
 
     def forward(self, s, t, batch):
         levels_s, levels_t = self.levels(s, t)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from .base import Distiller, positive
-from .parts import of_all_ranks, unit
+from .parts import of_all_ranks, stage_pairs, unit
 
 
 class SP(Distiller):
@@ -21,6 +21,7 @@ class SP(Distiller):
         super().__init__()
         positive(weight=weight)
         self.weight, self.local = weight, local
+        stage_pairs(student, teacher)  # refuses networks without maps
 
     def forward(self, s, t, batch):
         f_s, f_t = (of_all_ranks(x.maps[-1].flatten(1), batch, self.local) for x in (s, t))

@@ -55,8 +55,8 @@ class Regression(nn.Module):
         c_s, c_t = (probe(network).head.shape[1] for network in (student, teacher))
         self.connector = nn.Sequential(*conv_bn(c_s, c_t), nn.ReLU())
         nn.init.kaiming_normal_(self.connector[0].weight, mode='fan_out', nonlinearity='relu')
-        self.register_buffer('weight', teacher.classifier.weight.detach().clone(), persistent=False)
-        self.register_buffer('bias', teacher.classifier.bias.detach().clone(), persistent=False)
+        for name, value in ('weight', teacher.classifier.weight), ('bias', teacher.classifier.bias):
+            self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
 
     def forward(self, s, t) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The student's map in the teacher's terms, pooled, its logits, and the teacher's."""

@@ -19,8 +19,8 @@ from models import NETWORKS
 from utils import checkpoint, distributed, setup, signals
 from utils.args import base_parser, check, count
 from utils.data import Prepare, load_data
-from utils.engine import precision
 from utils.randomness import seed_everything
+from utils.setup import precision
 
 TSNE_CLASSES, TSNE_IMAGES = 10, 1000  # what colours can tell apart and a CPU places in seconds
 COLUMNS = 8  # images in a row of the activation maps
@@ -55,7 +55,7 @@ def main():
 def worker(args, device):
     if distributed.world() > 1:
         distributed.stop('a single process draws: leave torchrun and --multiprocessing-distributed')
-    setup.configure(args)
+    setup.configure(args, device)
     _, valid, classes = load_data(args, 0, device)
     if len(valid.dataset) < 2:
         sys.exit('error: one validation image is too few to compare anything')
@@ -100,7 +100,7 @@ def look(networks, classes, loader, prepare, device, args) -> Seen:
         images.append(batch.images[to_show].cpu())
         ready, guess = prepare(batch).images, None
         for i, network in enumerate(networks.values()):
-            with precision(device, args):
+            with precision(device, args.amp):
                 features = network(ready, features=True)
             guess = features.logits.argmax(1) if guess is None else guess  # the teacher's
             logits[i].append(features.logits.float().cpu())

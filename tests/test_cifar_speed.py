@@ -8,15 +8,21 @@ import pytest
 import torch
 import zoo
 from conftest import assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillers import DISTILLERS
+from distillers import DISTILLERS, Distillation
 from distillers.cache import HEADER, Table, TeacherCache
 from models import Features
 from utils import data, engine, signals
 from utils.args import base_parser, check
-from utils.data import Dummy, Images, PlainView, ResidentLoader, ShiftView, TrainData, make_loader, shifts
+from utils.data import Images, ResidentLoader, TrainData, make_loader
+from utils.guard import Guard
+from utils.optim import make_optimizer
 from utils.order import EvalOrder, TrainOrder
 from utils.resident import VIEWS, Resident
+from utils.setup import place
+from utils.sources import Dummy
+from utils.views import PlainView, ShiftView, shifts
 
 CPU = torch.device('cpu')
 DUMMY = ['--dataset', 'cifar10', '--dummy', '--arch', 'resnet8', '--image-size', 32]
@@ -113,10 +119,19 @@ def test_choice_of_the_backend(flags, kind, capsys):
     (['--image-size', 64], '--image-size 64'), (['--auto-augment', 'randaugment'], '--auto-augment randaugment'),
     (['--dataset', 'imagefolder'], '--dataset imagefolder')])
 def test_what_the_device_cannot_do_is_said(base, distill, flags, named):
-    run = base(*DUMMY, '--data-backend', 'device', *flags)
-    assert run.code == 2 and named in run.err
+    if '--dataset' not in flags:  # images of folders it can crop and flip, but not foresee
+        run = base(*DUMMY, '--data-backend', 'device', *flags)
+        assert run.code == 2 and named in run.err
     run = distill(*KD, '--cache-teacher', 'lazy', *flags)
     assert run.code == 2 and named in run.err
+
+
+def test_the_padding_is_part_of_the_identity_of_the_data():
+    source = Dummy(3, 10, 32)
+    zeros, reflect = (Resident(source, CPU, padding).fingerprint() for padding in ('zeros', 'reflect'))
+    view = ShiftView(arguments('--crop-padding', 'reflect'), 5, 3)
+    loader = make_loader(Images(source, view), TrainOrder(3, 2, 1, 5, 0, 1), arguments())
+    assert TrainData(loader).resident(CPU).fingerprint() == reflect != zeros
 
 
 def test_a_run_may_go_on_with_the_other_backend(base, tmp_path):
@@ -251,3 +266,74 @@ def test_a_file_whose_maker_got_no_further_is_made(tmp_path):
     put(table(tmp_path / 't'), [3], 0.5).save()
     assert json.loads((tmp_path / 't').read_bytes()[:HEADER].strip(b'\0')) == 'a teacher'
     assert table(tmp_path / 't').known.sum() == 1
+
+
+# --compile, and what would make a GPU wait
+
+@pytest.mark.parametrize('flags, mode', [
+    ([], None), (['--compile', '0'], None), (['--compile'], 'default'), (['--compile', '1'], 'default'),
+    (['--compile', 'reduce-overhead'], 'reduce-overhead'), (['--compile', 'max-autotune'], 'max-autotune')])
+def test_modes_of_compile(flags, mode, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda network, **how: asked.append(how))
+    place(torch.nn.Linear(2, 2), CPU, arguments(*flags))
+    assert asked == ([{'mode': mode, 'dynamic': False}] if mode else [])
+
+
+def test_an_unknown_mode_of_compile_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        arguments('--compile', 'fast')
+    assert "--compile: 'fast' is not" in capsys.readouterr().err
+
+
+def test_compiled_networks_train_alike(distill, tmp_path, monkeypatch):
+    """By a backend that only traces: with what is captured for two sizes of batches, and teacher and student apart."""
+    captured, compile_ = [], torch.nn.Module.compile
+
+    def traced(graph, inputs):
+        captured.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda network, mode, dynamic:
+                        compile_(network, backend=traced, dynamic=dynamic))
+    flags = [*DUMMY, '--dummy-images', 6, '-b', 4, '--teacher-arch', 'resnet8', '--distiller', 'kd',
+             '--epochs', 1, '--skip-first-evaluation', '-p', 1]
+    eager = distill(*flags, '--output', tmp_path / 'eager')
+    compiled = distill(*flags, '--output', tmp_path / 'compiled', '--compile', 'reduce-overhead')
+    assert eager.code == compiled.code == 0, compiled.err
+    assert len(captured) == 7  # teacher, student and KD, of 4 and 2 images, and the student with one to evaluate
+    assert compiled.weights().keys() == eager.weights().keys()
+    assert compiled.log()[0]['train']['loss'] == pytest.approx(eager.log()[0]['train']['loss'], rel=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result Python, or the size of another tensor, depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
+        by_numbers = function is torch.ops.aten.index.Tensor and all(i is None or i.dtype.is_signed for i in args[1])
+        if depends and not by_numbers:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_no_method_makes_a_gpu_wait(name):
+    """A step, with its update left out if it has to be, never looks at what it computes."""
+    student, teacher = zoo.make('same')
+    try:
+        distiller = DISTILLERS[name](student, teacher)
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    task, batch, guard = Distillation(student, teacher, {name: distiller}), zoo.make_batch(), Guard(CPU)
+    task.know(batch.target)
+    optimizer = make_optimizer(task, arguments())
+    with Waits() as waits:
+        for _ in range(2):
+            _, losses = task(batch)
+            guard.loss(sum(losses.values())).backward()
+            guard.update(optimizer, torch.amp.GradScaler('cpu', enabled=False))
+    assert not waits.found

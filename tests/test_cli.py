@@ -44,6 +44,7 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     assert stop.value.code == 0
     groups = ('data', 'augmentation', 'network', 'optimization', 'speed', 'run', 'launch')
     assert all(f'\n{group}:' in text for group in groups)
+    text = ' '.join(text.split())
     assert '(default: 256)' in text and '(default: resnet18)' in text and 'None' not in text
     assert all(action.help for action in base_parser('')._actions)
     assert set(vars(parse('--dummy'))) >= NEUTRAL - {'cache_dir'}  # which is main_distill.py's
@@ -137,6 +138,6 @@ def test_output_that_cannot_be_made(base, images, tmp_path):
 
 
 def test_readme_names_every_flag_group_and_exit_code():
-    text = (ROOT / 'README.md').read_text()
+    text = (ROOT / 'README.md').read_text() + (ROOT / 'docs' / 'clusters.md').read_text()
     for word in ('make demo', 'make test', '--resume', '--overwrite', 'torchrun', '--multiprocessing-distributed'):
         assert word in text

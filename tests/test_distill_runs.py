@@ -95,7 +95,7 @@ def test_evaluation_scores_both(distill, images, teacher, tmp_path):
 
 
 @pytest.mark.parametrize('more, complaint', [
-    (['--teacher-arch', 'vgg11'], 'vgg11 does not show its features'),
+    (['--teacher-arch', 'torchvision:resnt18'], "unknown model 'resnt18', close to it: resnet18"),
     (['--teacher-resume', '/nowhere.pth'], '/nowhere.pth does not exist'),
     (['-a', 'resnet50', '--teacher-arch', 'resnet18'], 'resnet50 under resnet18: the student has'),
     (['--mgd-loss-factor', 0], 'loss_factor is 0'),
@@ -134,4 +134,5 @@ def test_two_ranks_are_one_process(images, tmp_path):
     for a, b in zip(*logs, strict=True):
         assert b['train']['losses'] == pytest.approx(a['train']['losses'], rel=1e-4)
         assert b['valid']['correct1'] == a['valid']['correct1']
-        assert [row['cost'] for row in b['news']['mgd']] == pytest.approx([row['cost'] for row in a['news']['mgd']])
+        cost = [row['cost'] for row in a['news']['mgd']]  # of weights that have learned: their rounding differs
+        assert [row['cost'] for row in b['news']['mgd']] == pytest.approx(cost, rel=1e-5)

@@ -18,7 +18,7 @@ from tsne import affinities, tsne
 
 from models import create_model
 from utils import checkpoint
-from utils.data import STATISTICS
+from utils.views import STATISTICS
 
 CIFAR = ['--dummy', '--dataset', 'cifar10', '-j', '0', '--no-accel', '-b', '16', '--seed', '1']
 

@@ -10,8 +10,10 @@ from conftest import assert_same, write_images
 import main_base
 from models import create_model
 from utils import signals
-from utils.data import CenterView, Folder, Images
+from utils.data import Images
 from utils.randomness import generator, seed_everything, seeded
+from utils.sources import Folder
+from utils.views import CenterView
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +46,8 @@ def test_it_learns(base, images, tmp_path):
 
 def test_an_epoch_is_what_a_plain_loop_does(base, images, tmp_path):
     """The same two epochs written down naively: torch's own SGD and loss, one image after the other."""
-    run = base(images, '--epochs', 2, '--nesterov', '--label-smoothing', 0.1, '--image-size', 64, '--output', tmp_path)
+    run = base(images, '--epochs', 2, '--nesterov', '--label-smoothing', 0.1, '--image-size', 64, '--exact-pixels',
+               '--output', tmp_path)
     seed_everything(3, 'initial weights')
     network = create_model('shufflenet_v2_x0_5', 3)
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-4, nesterov=True)
@@ -80,7 +83,7 @@ def test_evaluation_counts_are_exact(base, images, tmp_path):
     torch.manual_seed(1)
     network = create_model('shufflenet_v2_x0_5', 3).eval()
     torch.save(network.state_dict(), tmp_path / 'w.pth')
-    dataset, prepare = Images(Folder(images / 'valid'), CenterView(32)), torchvision.transforms.Normalize(
+    dataset, prepare = Images(Folder(images / 'valid', by_pil=True), CenterView(32)), torchvision.transforms.Normalize(
         (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     right = 0
     for i in range(len(dataset)):

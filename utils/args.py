@@ -1,11 +1,12 @@
 """The command line: pytorch/examples' and MGD's flags under their own names, then what a training script has today."""
 import argparse
+import os
 import shlex
 
 # What may change between a run and its resume: it says where and how fast to run, not what to compute.
 NEUTRAL = {'workers', 'print_freq', 'resume', 'evaluate', 'overwrite', 'output', 'save_every', 'tensorboard', 'gpu',
            'world_size', 'rank', 'dist_url', 'dist_backend', 'dist_timeout', 'multiprocessing_distributed',
-           'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch', 'data_backend', 'cache_dir'}
+           'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch', 'data_backend', 'cache_dir', 'inspect'}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -29,6 +30,13 @@ def switch(text: str) -> bool:
     if text in ('0', '1'):
         return text == '1'
     raise argparse.ArgumentTypeError(f'{text!r} is not 0 or 1 (a folder stands before the flags)')
+
+
+def compile_mode(text: str) -> str | bool:
+    """As a switch, or one of torch.compile's modes."""
+    if text in ('default', 'reduce-overhead', 'max-autotune'):
+        return text
+    return 'default' if switch(text) else False
 
 
 def number(kind, low, high=float('inf'), above=False):
@@ -68,13 +76,19 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--dummy-images', type=count, default=1024, metavar='N',
                    help='training images of --dummy; a quarter as many to evaluate')
     g.add_argument('--data-backend', choices=('auto', 'loader', 'device'), default='auto',
-                   help='who crops and flips: loader processes, or in batches the device, where the images live (CIFAR '
-                        'of 32 pixels without further augmentation of single images); the batches are the same')
+                   help='who crops and flips training images: loader processes, or in batches the device, where the '
+                        'images live, if nothing else augments single images; auto: the device for CIFAR of 32 pixels '
+                        'and for what scripts/prepare.py --format raw made, where a GPU has room for it')
+    g.add_argument('--exact-pixels', action='store_true',
+                   help='training images are resized by PIL, to the bit as in classic scripts, instead of by torch, '
+                        'which may round a pixel the other way; those to evaluate always are')
     g.add_argument('-j', '--workers', type=natural, default=4, metavar='N', help='loader processes per rank')
     g.add_argument('--max-bad-images', type=natural, default=100, metavar='N',
                    help='unreadable training images of one epoch to replace before giving up')
 
     g = parser.add_argument_group('augmentation')
+    g.add_argument('--crop-padding', choices=('zeros', 'reflect'), default='zeros',
+                   help='what surrounds a CIFAR image that is cropped')
     g.add_argument('--auto-augment', choices=('off', 'autoaugment', 'randaugment', 'trivialaugment', 'augmix'),
                    default='off', help="one of torchvision's policies, after crop and flip")
     g.add_argument('--random-erasing', type=fraction, default=0.0, metavar='P', help='erase a rectangle this often')
@@ -85,13 +99,20 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('network')
     g.add_argument('-a', '--arch', default='resnet18', metavar='ARCH',
-                   help='network to train, of models/ or of torchvision')
-    g.add_argument('--pretrained', action='store_true', help="start from torchvision's ImageNet weights")
+                   help='network to train: of models/, or torchvision:NAME (without the prefix, too, where models/ has '
+                        'none), timm:NAME, or package.module:function, called with num_classes=N')
+    g.add_argument('--pretrained', action='store_true', help="start from the weights of torchvision, or of timm")
     g.add_argument('--student-resume', metavar='PATH', help='start from (or evaluate) the weights in this file')
     g.add_argument('--teacher-arch', metavar='ARCH',
                    help='network of --teacher-resume (default: resnet152 for resnet50, else resnet50)')
     g.add_argument('--teacher-resume', metavar='PATH',
                    help='weights of the teacher; main_base.py scores it in the same pass as the network')
+    g.add_argument('--teacher-mean', type=float, nargs=3, metavar=('R', 'G', 'B'),
+                   help='of the images that the teacher was trained with, from 0 to 1 (default: of the data; with the '
+                        'weights of timm, its own)')
+    g.add_argument('--teacher-std', type=positive, nargs=3, metavar=('R', 'G', 'B'), help='likewise')
+    g.add_argument('--teacher-size', type=count, metavar='PIXELS',
+                   help="side of the teacher's images, resized from the student's (default: as these, likewise)")
     g.add_argument('--sync-bn', **on, help='BatchNorm statistics over all ranks (GPUs only)')
 
     g = parser.add_argument_group('optimization')
@@ -123,9 +144,14 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                    help='average the weights; the average is what is evaluated and shipped (0: off)')
 
     g = parser.add_argument_group('speed')
+    g.add_argument('--fast', action='store_true',
+                   help='--channels-last, --amp bf16 where there are instructions for it, --fold-teacher if it stands '
+                        'still')
     g.add_argument('--amp', choices=('off', 'bf16', 'fp16'), default='off', help='mixed precision')
     g.add_argument('--channels-last', **on, help='memory layout of images and weights')
-    g.add_argument('--compile', **on, help='torch.compile the network')
+    g.add_argument('--compile', nargs='?', const='default', default=False, type=compile_mode, metavar='MODE',
+                   help='torch.compile networks and losses: default, reduce-overhead (on GPUs as CUDA graphs, which '
+                        'pays for small ones) or max-autotune')
     g.add_argument('--deterministic', **on, help='only algorithms that give the same bits every time')
 
     g = parser.add_argument_group('run')
@@ -137,7 +163,12 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--save-every', type=natural, default=0, metavar='STEPS',
                    help='checkpoints inside an epoch too (0: only after each)')
     g.add_argument('-e', '--evaluate', action='store_true', help='only score the network')
+    g.add_argument('--inspect', action='store_true',
+                   help='only look at what would be done, what it costs here, and all that would stop it')
     g.add_argument('--seed', type=natural, metavar='N', help='of everything (default: drawn, printed and recorded)')
+    g.add_argument('--seeds', type=natural, nargs='+', metavar='N',
+                   help='train a run with each of them in one process on one device, sharing images and teacher; each '
+                        'as if alone with --seed N --output DIR-N')
     g.add_argument('-p', '--print-freq', type=count, default=10, metavar='STEPS', help='steps between two lines')
     g.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=True,
                    help='scalars for TensorBoard in --output')
@@ -167,21 +198,54 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--nesterov needs --optimizer sgd and a --momentum')
     if args.optimizer == 'dot' and (args.amp == 'fp16' or args.clip_grad):
         parser.error('--optimizer dot keeps two gradients apart, which --amp fp16 and --clip-grad do not: leave them')
+    if args.optimizer == 'dot' and args.compile not in (False, 'default'):
+        parser.error(f'--optimizer dot goes back through a graph twice, --compile {args.compile} (CUDA graphs) once')
+    if args.inspect and args.evaluate:
+        parser.error('--inspect looks at a training run, --evaluate scores: choose one')
     if args.overwrite and args.resume != 'auto':
         parser.error('--overwrite starts anew, --resume PATH goes on: choose one')
+    if args.seeds:
+        check_seeds(parser, args)
     if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:
         parser.error('--start-epoch lies behind the last epoch')
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
-    if args.data_backend == 'device' and (beyond := beyond_crop_and_flip(args)):
-        parser.error(f'--data-backend device crops and flips CIFAR images of 32 pixels, no more than that: {beyond}')
+    if args.exact_pixels and args.dataset != 'imagefolder':
+        parser.error('--exact-pixels is for image folders: nothing is resized in CIFAR')
+    if args.crop_padding != 'zeros' and args.dataset == 'imagefolder':
+        parser.error('--crop-padding is for CIFAR: no image of a folder is padded')
+    if args.data_backend == 'device' and (beyond := beyond_the_device(args)):
+        parser.error(f'--data-backend device crops and flips, CIFAR images at 32 pixels, no more than that: {beyond}')
     args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
     return args
+
+
+def check_seeds(parser, args):
+    if not args.output:
+        parser.error('--seeds needs --output DIR: the runs go to DIR-SEED')
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error('--seeds names a seed twice')
+    others = {'--seed': args.seed is not None, '--evaluate': args.evaluate, '--world-size': args.world_size > 1,
+              '--multiprocessing-distributed': args.multiprocessing_distributed, 'torchrun': 'RANK' in os.environ}
+    if other := next((name for name, given in others.items() if given), None):
+        parser.error(f'--seeds trains several runs in one process, not together with {other}')
+
+
+def further_augmentation(args: argparse.Namespace) -> str:
+    """What is done to single images beyond crop and flip; nothing if nothing is."""
+    reasons = {f'--auto-augment {args.auto_augment}': args.auto_augment != 'off',
+               f'--random-erasing {args.random_erasing:g}': args.random_erasing}
+    return next((reason for reason, holds in reasons.items() if holds), '')
 
 
 def beyond_crop_and_flip(args: argparse.Namespace) -> str:
     """What makes single images something else than CIFAR's, cropped and flipped; nothing if nothing does."""
     reasons = {f'--dataset {args.dataset}': args.dataset == 'imagefolder',
-               f'--image-size {args.image_size}': args.image_size != 32,
-               f'--auto-augment {args.auto_augment}': args.auto_augment != 'off',
-               f'--random-erasing {args.random_erasing:g}': args.random_erasing}
-    return next((reason for reason, holds in reasons.items() if holds), '')
+               f'--image-size {args.image_size}': args.image_size != 32}
+    return next((reason for reason, holds in reasons.items() if holds), further_augmentation(args))
+
+
+def beyond_the_device(args: argparse.Namespace) -> str:
+    """What needs loader processes, as the device crops and flips, no more than that."""
+    if args.dataset == 'imagefolder':
+        return '--exact-pixels' if args.exact_pixels else further_augmentation(args)
+    return beyond_crop_and_flip(args)

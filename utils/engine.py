@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import distributed, signals
+from . import distributed, signals, together
+from .closely import Closely, timed
 from .dot import DOT
 from .guard import Guard
 from .meters import Display, Meter, hits
 from .optim import learning_rate, set_learning_rate, total_epochs
 from .randomness import seed_everything
+from .setup import begin_update, precision
 
 EXIT_BROKEN = 3  # a loss or gradient was not finite
 
@@ -23,14 +25,9 @@ class Supervised(nn.Module):
         self.student, self.label_smoothing = student, label_smoothing
 
     def forward(self, batch):
-        logits = self.student(batch.images)
+        with timed('student'):
+            logits = self.student(batch.images)
         return logits, {'ce': F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)}
-
-
-def precision(device: torch.device, args):
-    """The autocast of --amp."""
-    return torch.autocast(device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(args.amp, torch.bfloat16),
-                          enabled=args.amp != 'off')
 
 
 def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, args):
@@ -41,24 +38,31 @@ def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, ar
     size = order.batch * order.accum
     display = Display(f'Epoch {epoch}', -(-order.length // size),
                       (total_epochs(args) - epoch) * order.length - progress['sample'])
+    look = Closely(run.parts['model'], display.updates, device, args)
     bad_images, arrived = 0, time.time()
 
     for end, batches in data.updates(epoch, progress['sample']):
         display.waited += time.time() - arrived
         rate = learning_rate(epoch + progress['sample'] / order.length, args)
         set_learning_rate(optimizer, rate)
+        together.hand_over()
+        begin_update(args)
         seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())
+        look.begin(-(-end // size))
         for number, batch in enumerate(batches, 1):
             with distributed.accumulating(task, last=number == len(batches)):
                 ready = prepare(batch)
-                with precision(device, args):
+                with precision(device, args.amp), timed('forward'):
                     logits, losses = task(ready)
                 loss = guard.loss(batch.weight * sum(losses.values()))
                 if isinstance(optimizer, DOT):
                     optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if k.startswith('ce') == labels)
                                       for labels in (True, False)))
-                scaler.scale(loss).backward()
+                look.at_losses(losses, batch.weight)
+                with timed('backward'):
+                    scaler.scale(loss).backward()
             meter.add(batch.index, ready.target, batch.weight, logits, losses)
+        look.end(meter)
         meter.add_norm(guard.update(optimizer, scaler, args.clip_grad))
         if ema:
             ema.update_parameters(run.parts['model'])
@@ -72,6 +76,7 @@ def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, ar
         update = -(-end // size)
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
+            meter.clock(time.time() - display.began, display.waited)
             stop_if_broken(meter.read(watch_norms=not scaler.is_enabled()), update, run, data)
             display.show(meter.sums, rate, update)
         if save:
@@ -102,16 +107,20 @@ def stop_if_broken(trouble: dict | None, update: int, run, data):
 def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> dict | None:
     """Score networks in one pass over the data, every sample once at any world and batch size.
 
-    {name: {'top1', 'top5' (percent), 'loss', 'correct1', 'correct5', 'n'}}, and 'agreement' (percent of equal guesses)
-    where there are several. None where a signal asks to stop.
+    {name: {'top1', 'top5' (percent), 'loss', 'correct1', 'correct5', 'n'}}, 'agreement' (percent of equal guesses)
+    where there are several, 'seconds', and 'predictions': by name [2, n], of each sample the guess and how sure it was.
+    None where a signal asks to stop.
     """
     for network in networks.values():
         distributed.sync_buffers(network)
         network.eval()
     counts = torch.zeros(len(networks), 2, dtype=torch.int64, device=device)
+    told = torch.zeros(len(networks), 2, len(loader.dataset), device=device)  # each sample's guess, and how sure it is
     losses = torch.zeros(len(networks), dtype=torch.float64, device=device)
     agree, seen, unreadable = torch.zeros((), dtype=torch.int64, device=device), 0, None
+    began = time.time()
     for batch in loader:
+        together.hand_over()
         if signals.caught():
             break
         if (batch.bad >= 0).any():  # a score with another image in its place would be another data set's
@@ -120,11 +129,12 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
         batch = prepare(batch)
         guesses = []
         for i, network in enumerate(networks.values()):
-            with precision(device, args):
+            with precision(device, args.amp):
                 logits = network(batch.images)
             counts[i] += hits(logits, batch.target)
             losses[i] += F.cross_entropy(logits.float(), batch.target, reduction='sum').double()
             guesses.append(logits.argmax(1))
+            told[i, :, batch.index] = torch.stack([guesses[-1].float(), logits.float().softmax(1).amax(1)])
         agree += torch.stack([guess == guesses[0] for guess in guesses]).all(0).sum()
         seen += len(batch.target)
     for complaint in distributed.gather(unreadable):
@@ -132,10 +142,13 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
             distributed.stop(f'cannot evaluate: {complaint}')
     seen, stop = distributed.agree(seen, signals.caught())
     counts, losses, agree = (distributed.total(x).tolist() for x in (counts, losses, agree))
+    told, source = distributed.total(told), loader.dataset.source
     if stop:
         return None
     assert seen == len(loader.dataset), f'{seen} of {len(loader.dataset)} samples were evaluated'
     scores = {name: {'top1': 100 * c1 / seen, 'top5': 100 * c5 / seen, 'loss': loss / seen,
                      'correct1': c1, 'correct5': c5, 'n': seen}
               for name, (c1, c5), loss in zip(networks, counts, losses)}
-    return scores | ({'agreement': 100 * agree / seen} if len(networks) > 1 else {})
+    return scores | ({'agreement': 100 * agree / seen} if len(networks) > 1 else {}) | {
+        'seconds': time.time() - began,
+        'predictions': {'classes': source.classes, 'target': source.targets, **dict(zip(networks, told.cpu().numpy()))}}

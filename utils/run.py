@@ -3,6 +3,7 @@
     args.json  log.jsonl  result.json  checkpoint.pth  checkpoint.previous.pth  best.pth  last.pth  events.out.*
     interrupted       there while a run has stopped for a signal and waits to be started again
     nonfinite.json    where and when a loss was not finite
+    predictions.npz   of the last epoch: of each validation image the class, the guess, and how sure it was
 Only global rank 0 touches it.
 """
 import errno
@@ -14,8 +15,10 @@ import shlex
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 
@@ -25,7 +28,8 @@ from .meters import percentages
 from .optim import learning_rate, total_epochs
 
 FILES = ('args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
-         'best.pth', 'last.pth', 'teacher.pth', 'start.json', 'interrupted', 'nonfinite.json', 'events.out.*', '*.tmp')
+         'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'interrupted',
+         'nonfinite.json', 'events.out.*', '*.tmp')
 
 
 class Run:
@@ -119,7 +123,7 @@ class Run:
 
     def begin(self, student, train, valid):
         """Say what is about to happen, and open the folder for it."""
-        args, ranks = self.args, distributed.world()
+        args, ranks, self.classes = self.args, distributed.world(), list(train.images.source.classes)
         for name, fact in self.facts.items():
             if len(set(distributed.gather(fact))) > 1:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
@@ -149,7 +153,8 @@ class Run:
         checkpoint.save(self.folder / 'checkpoint.pth', {
             'format': checkpoint.FORMAT, **{name: part.state_dict() for name, part in self.parts.items()},
             'progress': self.progress | {'seconds': self.seconds()}, 'seed': self.seed,
-            'arguments': recorded(self.args), 'facts': self.facts, 'world_size': distributed.world()})
+            'arguments': recorded(self.args), 'facts': self.facts, 'classes': self.classes,
+            'world_size': distributed.world()})
 
     def shipped(self):
         """The network that is evaluated and given away."""
@@ -161,20 +166,23 @@ class Run:
         if scores is None:  # a signal came: the epoch's training is done, its evaluation is not
             self.save()
             self.interrupt()
+        predictions, seconds = scores.pop('predictions'), scores.pop('seconds')
         epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
         record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
-                  'seconds': round(self.seconds(), 2), 'news': progress.pop('news', {})}
+                  'seconds': round(self.seconds(), 2), 'evaluation': round(seconds, 2),
+                  'news': progress.pop('news', {})}
         others = {name: value for name, value in scores.items() if name != 'student'}
         record |= others
         last = {'epoch': epoch, **score, **others}
         progress.update(epoch=epoch + 1, sample=0, sums={}, last=last, best=last if best else progress['best'])
-        distributed.from_main(lambda: self._write_epoch(record, best))
+        distributed.from_main(lambda: self._write_epoch(record, best, predictions))
 
-    def _write_epoch(self, record: dict, best: bool):
+    def _write_epoch(self, record: dict, best: bool, predictions: dict):
         weights = {k: v.cpu().contiguous() for k, v in self.shipped().state_dict().items()}
         for name in ['last.pth'] + ['best.pth'] * best:
             checkpoint.write(self.folder / name, weights)
+        checkpoint.write(self.folder / 'predictions.npz', as_npz(predictions))
         if 'teacher' in self.parts:  # it learns, too
             checkpoint.write(self.folder / 'teacher.pth', self.parts['teacher'].state_dict())
         with open(self.folder / 'log.jsonl', 'a') as log:
@@ -205,6 +213,7 @@ class Run:
         """Print the scores of --evaluate, or of the start of a run, and leave them in --output if that was given."""
         if scores is None:
             sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
+        predictions, _ = scores.pop('predictions'), scores.pop('seconds')
         for name, score in scores.items():
             distributed.say(f'{name}: {score:.2f} %' if name == 'agreement' else
                             f'{name}: top1 {score["top1"]:.3f} ({score["correct1"]}/{score["n"]}), top5 '
@@ -212,6 +221,8 @@ class Run:
         if self.args.output:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.note(file, {'scores': scores, **self._origin()})
+            beside = (self.folder / file).with_suffix('.npz')
+            distributed.from_main(lambda: checkpoint.write(beside, as_npz(predictions)))
 
     def finish(self):
         best, last = self.progress['best'], self.progress['last']
@@ -241,8 +252,9 @@ class Run:
         self.note('interrupted', {'signal': signals.caught(), 'epoch': self.progress['epoch'],
                                   'sample': self.progress['sample']})
         if distributed.is_main():
-            print(f'\nstopped by a signal; the same command with --output {self.folder} goes on from epoch '
-                  f'{self.progress["epoch"]}, sample {self.progress["sample"]}', file=sys.stderr, flush=True)
+            where = '' if self.args.output else f' with --output {self.folder}'
+            print(f'\nstopped by a signal; the same command{where} goes on from epoch {self.progress["epoch"]}, sample '
+                  f'{self.progress["sample"]}', file=sys.stderr, flush=True)
         sys.exit(signals.EXIT_INTERRUPTED)
 
 
@@ -253,7 +265,12 @@ def default_output(args) -> Path:
     earlier = sorted(Path('runs').glob(stem + '[0-9]*'))
     if distributed.restarts() and earlier:
         return earlier[-1]
-    return Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
+    folder = new = Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
+    number = 1
+    while new.exists():  # of a run that began in the same second
+        number += 1
+        new = folder.with_name(f'{folder.name}-{number}')
+    return new
 
 
 def recorded(args) -> dict:
@@ -277,6 +294,12 @@ def git_revision() -> str | None:
         return revision.stdout.strip() + '+' * bool(changed) if revision.returncode == 0 else None
     except OSError:
         return None
+
+
+def as_npz(arrays: dict) -> bytes:
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
 
 
 def as_json(content: dict) -> bytes:

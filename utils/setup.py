@@ -1,21 +1,56 @@
 """Switches of the whole process, and a network's way to its device."""
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from . import distributed
 
-def configure(args):
+PRECISIONS = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def configure(args, device: torch.device):
     """cudnn.benchmark picks the fastest kernels, which need not be the same the next time."""
+    if args.fast:
+        args.channels_last, args.amp = True, 'bf16' if args.amp == 'off' and has_bf16(device) else args.amp
+        distributed.say(f'fast: --channels-last --amp {args.amp}' + ' --fold-teacher' * hasattr(args, 'fold_teacher'))
     torch.backends.cudnn.benchmark = not args.deterministic
+    if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
+        torch._dynamo.config.recompile_limit = 32
+        torch._functorch.config.donated_buffer = args.optimizer != 'dot'  # which takes gradients twice
     if args.deterministic:
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
         torch.use_deterministic_algorithms(True)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether there are instructions for it; without them it is slower than float32."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path('/proc/cpuinfo')
+    return cpu.exists() and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu.read_text().split())
+
+
+def precision(device: torch.device, amp: str):
+    """The autocast of --amp."""
+    return torch.autocast(device.type, PRECISIONS[amp], enabled=amp != 'off')
+
+
 def place(network: nn.Module, device: torch.device, args) -> nn.Module:
     """To the device, in the layout the flags ask for; no name in its state_dict changes."""
     network = network.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    return compiled(network, args)
+
+
+def compiled(module: nn.Module, args) -> nn.Module:
+    """In place, if asked for: its state_dict and its forward(), called as such, stay as they are."""
     if args.compile:
-        network.compile()
-    return network
+        module.compile(mode=args.compile, dynamic=False)  # a graph for the last, smaller batch of its own
+    return module
+
+
+def begin_update(args):
+    """CUDA graphs write where they wrote before: from here on, what came out in earlier updates is not needed."""
+    if args.compile:
+        torch.compiler.cudagraph_mark_step_begin()

@@ -1,0 +1,97 @@
+"""--compile: the same losses and gradients, of every method, and what cannot go with it."""
+import shutil
+
+import pytest
+import torch
+import zoo
+
+from distillers import DISTILLERS, Distillation
+
+TINY = ['--dummy', '--dataset', 'cifar10', '--dummy-images', 6, '-b', 4, '--arch', 'resnet8', '--teacher-arch',
+        'resnet8', '--epochs', 1, '--skip-first-evaluation', '--distiller', 'kd']
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graphs of other tests, no settings for other tests."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8), torch._functorch.config.patch(donated_buffer=True):
+        yield
+
+
+def traced(monkeypatch):
+    """Compiling goes as far as the graphs of both directions; no code is generated."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module, mode, dynamic:
+                        compile_(module, backend='aot_eager', dynamic=dynamic))
+
+
+def updates(name, batches, backend=None):
+    """Losses and gradients of some batches, and the state after them."""
+    student, teacher = zoo.make('same')
+    torch.manual_seed(1)
+    method = DISTILLERS[name](student, teacher, **({'negatives': 32} if name == 'crd' else {}))
+    task = Distillation(student, teacher, {name: method}).train()
+    task.know(torch.arange(20) % zoo.CLASSES)
+    if backend:
+        method.compile(backend=backend, dynamic=False)
+    results = []
+    for seed in range(batches):
+        torch.manual_seed(5)
+        task.zero_grad()
+        losses = task(zoo.make_batch(seed=seed))[1]
+        sum(losses.values()).backward()
+        grads = {key: p.grad.clone() for key, p in task.named_parameters() if p.grad is not None}
+        results.append((losses, grads))
+    return results, task.state_dict()
+
+
+def assert_alike(name, backend, batches):
+    (eager, state), (compiled, state_compiled) = updates(name, batches), updates(name, batches, backend)
+    for (losses, grads), (losses_compiled, grads_compiled) in zip(eager, compiled):
+        torch.testing.assert_close(losses_compiled, losses, rtol=1e-5, atol=1e-6)
+        largest = max(g.abs().max().item() for g in grads.values())
+        torch.testing.assert_close(grads_compiled, grads, rtol=1e-5, atol=1e-5 * largest)
+    torch.testing.assert_close(state_compiled, state, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_a_compiled_method_is_the_same(name):
+    assert_alike(name, 'aot_eager', batches=2)
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='no compiler for C++')
+def test_a_method_is_the_same_in_generated_code():
+    assert_alike('kd', 'inductor', batches=1)
+
+
+@pytest.mark.parametrize('name', ['dkd', 'edkd', 'reviewkd'])
+def test_a_warm_up_is_compiled_once(name):
+    """Each epoch has a factor of its own, which is no part of the graph."""
+    student, teacher = zoo.make('same')
+    method, graphs, losses = DISTILLERS[name](student, teacher), [], []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    method.compile(backend=counted, dynamic=False)
+    task = Distillation(student, teacher, {name: method}).eval()
+    for epoch in (1, 2, 20, 40):
+        task.start_epoch(epoch, lambda: ())
+        losses.append(sum(v.item() for k, v in task(zoo.make_batch())[1].items() if k != 'ce'))
+    assert len(graphs) == 1
+    assert losses == pytest.approx([losses[3] * share for share in (1 / 20, 2 / 20, 1, 1)], rel=1e-5)
+
+
+def test_dot_goes_back_twice_through_compiled_graphs(distill, tmp_path, monkeypatch):
+    traced(monkeypatch)
+    eager, compiled = (distill(*TINY, '--optimizer', 'dot', *flags, '--output', tmp_path / str(len(flags)))
+                       for flags in ([], ['--compile']))
+    assert eager.code == compiled.code == 0, compiled.err
+    assert compiled.log()[0]['train']['loss'] == pytest.approx(eager.log()[0]['train']['loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['reduce-overhead', 'max-autotune'])
+def test_dot_and_cuda_graphs_are_refused(distill, mode):
+    refused = distill(*TINY, '--optimizer', 'dot', '--compile', mode)
+    assert refused.code == 2 and f'--compile {mode}' in refused.err
