@@ -8,7 +8,17 @@ from functools import partial
 
 import torch
 
-from distillers import DISTILLERS, Distillation, adapts, add_flags, describe, drop_foreign, from_flags, inspection
+from distillers import (
+    DISTILLERS,
+    Distillation,
+    adapts,
+    add_flags,
+    describe,
+    drop_foreign,
+    from_flags,
+    inspection,
+    reads_outputs,
+)
 from distillers.cache import TeacherCache
 from distillers.lean import LeanTeacher
 from main_base import build, build_teacher, load_evaluated, showing
@@ -66,7 +76,7 @@ def main():
     if args.cache_teacher != 'off':
         if beyond := beyond_crop_and_flip(args) or ('--mixup, --cutmix' if args.mixup or args.cutmix else ''):
             parser.error(f'--cache-teacher knows CIFAR images of 32 pixels, cropped and flipped, no more: {beyond}')
-        if needy := [name for name in args.distiller if DISTILLERS[name].teacher_reads is None]:
+        if needy := [name for name in args.distiller if not reads_outputs(DISTILLERS[name])]:
             parser.error("--cache-teacher keeps a frozen teacher's logits and pooled features, but more is read by "
                          f'--distiller {" ".join(needy)}')
         if args.fold_teacher or args.teacher_amp:

@@ -103,13 +103,13 @@ def mgd_step(settings: Settings, **sizes) -> Case:
 
 
 def arithmetic(run, device) -> str:
-    """How long the products of a step would take if all of them went at the rate of a large one."""
+    """What a step has to multiply, and how fast a large product is: most of its own are small, or convolutions."""
     with FlopCounterMode(display=False) as counter:
         run()
     work = counter.get_total_flops()
-    times = (f'{work / matmul_rate(precision, device):.0f} ms in {precision}' for precision in ('fp32', 'bf16')
+    rates = (f'{matmul_rate(precision, device) / 1e6:.0f} GFLOP/s in {precision}' for precision in ('fp32', 'bf16')
              if available(precision, device))
-    return f'{work / 1e9:.0f} GFLOP of products, at the rate of a 1024 x 1024 product: {", ".join(times)}'
+    return f'{work / 1e9:.0f} GFLOP of products; a 1024 x 1024 product reaches {", ".join(rates)}'
 
 
 def mgd_overhead(settings: Settings, **sizes) -> Case:

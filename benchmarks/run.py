@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,8 +65,11 @@ def alone(names: list[str], cases, settings: Settings, rounds: int) -> list[list
     """Several cases get a process each: memory that one has freed would spare the baselines of the next theirs."""
     if len(names) == 1:
         return [one(cases[names[0]], names[0], settings, rounds)]
-    with get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
-        return pool.starmap(one, [(cases[name], name, settings, rounds) for name in names], chunksize=1)
+    found = []
+    for name in names:
+        with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+            found.append(pool.submit(one, cases[name], name, settings, rounds).result())
+    return found
 
 
 def one(make, name: str, settings: Settings, rounds: int) -> list[dict] | None:

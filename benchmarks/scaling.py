@@ -26,7 +26,7 @@ def scaling(settings: Settings, ranks=(1, 2), steps=STEPS, **sizes) -> Case:
     there = torch.cuda.device_count() if settings.device.type == 'cuda' else os.cpu_count() // settings.threads
     enough = [n for n in ranks if n <= there]
     variants = {named(n): Variant(on_ranks(n, settings, steps, SIZES | sizes)) for n in enough}
-    rows = [Row(named(n), named(1), 0.7 * n, tolerance=0.1) for n in enough[1:]]
+    rows = [Row(named(n), named(1), None, tolerance=0.1) for n in enough[1:]]
     skipped = tuple(f'{named(n)}: {there} fit on this machine' for n in ranks if n > there)
     return Case(variants, rows, measures=True, limit=lambda: 'as many times as there are ranks', skipped=skipped)
 

@@ -1,7 +1,7 @@
 """The methods: name on the command line -> class, one line each."""
 from .ab import AB
 from .at import AT
-from .base import Distillation, Distiller, adapts, add_flags, describe, drop_foreign, from_flags
+from .base import Distillation, Distiller, adapts, add_flags, describe, drop_foreign, from_flags, reads_outputs
 from .cc import CC
 from .crd import CRD
 from .dist import DIST
@@ -27,7 +27,8 @@ from .srd import SRD
 from .srdwithdist import SRDwithDIST
 from .vid import VID
 
-__all__ = ['DISTILLERS', 'Distillation', 'Distiller', 'adapts', 'add_flags', 'describe', 'drop_foreign', 'from_flags']
+__all__ = ['DISTILLERS', 'Distillation', 'Distiller', 'adapts', 'add_flags', 'describe', 'drop_foreign', 'from_flags',
+           'reads_outputs']
 
 DISTILLERS = {
     'kd': KD,

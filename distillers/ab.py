@@ -23,6 +23,8 @@ class AB(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('preact',)
+
     def __init__(self, student, teacher, *, margin=1.0, weight=1.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(margin=margin, weight=weight)

@@ -19,6 +19,8 @@ class AT(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, p=2.0, weight=1000.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)

@@ -2,6 +2,7 @@
 import inspect
 import re
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -75,12 +76,15 @@ class Distillation(nn.Module):
         if ce_weight is None:
             ce_weight = next(iter(methods)).default_ce_weight if len(distillers) == 1 else 1.0
         self.ce_weight, self.label_smoothing, self.standardize = ce_weight, label_smoothing, standardize
+        reads = [distiller.teacher_reads for distiller in methods]
+        self.unread = [] if None in reads else [f for f in ('preact', 'maps') if f not in {*chain(*reads)}]
         self.stand_in = None  # to ask in place of the teacher: a TeacherCache or a LeanTeacher
 
     def forward(self, batch):
         with (torch.set_grad_enabled(self.trains_teacher), by_the_batch(self.teacher, self.batch_statistics),
               timed('teacher')):
             t = self.stand_in(batch) if self.stand_in else self.teacher(batch.images, features=True)
+        t = t._replace(**{field: [] for field in self.unread})  # frees maps before the student makes its own
         with timed('student'):
             own = self.student(batch.images, features=True)
         s = adapt(self.distillers.values(), own)
@@ -141,6 +145,11 @@ class Adapted(nn.Module):
     def forward(self, x, features: bool = False):
         s = adapt(self.distillers.values(), self.student(x, features=True))
         return s if features else s.logits
+
+
+def reads_outputs(method: type[Distiller]) -> bool:
+    """Whether it reads no more of a teacher than what a TeacherCache keeps."""
+    return method.teacher_reads is not None and {*method.teacher_reads} <= {'logits', 'pooled'}
 
 
 def adapts(method: type[Distiller]) -> bool:

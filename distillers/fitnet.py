@@ -22,6 +22,8 @@ class FitNet(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, stage=2, stage_t=0, weight=100.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)

@@ -23,6 +23,8 @@ class FSP(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, weight=1.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)

@@ -30,6 +30,8 @@ class KDSVD(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, k=1, form: Literal['channel', 'width'] = 'channel', weight=1.0,
                  pairing: Pairing = 'depth'):
         super().__init__()

@@ -40,6 +40,8 @@ class MGD(Distiller):
     norm: of the student's maps: by the batch, or (detection, whose batches are small) in 32 groups of channels
     """
 
+    teacher_reads = ('preact',)
+
     def __init__(self, student, teacher, *, reducer: Literal['amp', 'sp', 'rd', 'sm'] = 'amp', update_freq=1,
                  loss_factor=1e4, stage_factors: tuple[float, ...] = (),
                  remainder: Literal['assign', 'cut'] = 'assign', norm: Literal['bn', 'gn'] = 'bn'):

@@ -21,6 +21,8 @@ class NST(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, weight=50.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)

@@ -28,6 +28,8 @@ class OFD(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('preact',)
+
     def __init__(self, student, teacher, *, weight=1e-3, teacher_bn: Literal['eval', 'batch'] = 'eval',
                  pairing: Pairing = 'depth'):
         super().__init__()

@@ -17,6 +17,8 @@ class SP(Distiller):
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, weight=3000.0, local=False):
         super().__init__()
         positive(weight=weight)

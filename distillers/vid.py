@@ -26,6 +26,8 @@ class VID(Distiller):
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
+    teacher_reads = ('maps',)
+
     def __init__(self, student, teacher, *, variance=5.0, weight=1.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(variance=variance - LEAST, weight=weight)

@@ -51,15 +51,15 @@ def command(method: str, seed: int, out: Path, args, flags: list[str]) -> list[s
         return ['main_base.py', *data, *of_student(flags), *own, '--seed', str(seed), '--output', str(out)]
     names = method.split('+')
     cache = []
-    if args.share_teacher and all(reads_outputs(name) for name in names):
+    if args.share_teacher and cacheable(names):
         cache = ['--cache-teacher', 'lazy', '--cache-dir', str(args.output / 'teacher-cache')]
     return ['main_distill.py', *data, *flags, *cache, '--seed', str(seed), '--distiller', *names, *own,
             '--output', str(out)]
 
 
-def reads_outputs(name: str) -> bool:
-    from distillers import DISTILLERS  # here, as it takes torch's seconds to import
-    return DISTILLERS[name].teacher_reads is not None
+def cacheable(names: list[str]) -> bool:
+    from distillers import DISTILLERS, reads_outputs  # here, as it takes torch's seconds to import
+    return all(reads_outputs(DISTILLERS[name]) for name in names)
 
 
 class Job:

@@ -8,10 +8,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import Tiny, make, make_batch
 
 from distillers import Distillation
+from distillers.at import AT
 from distillers.dml import DML
 from distillers.lean import LeanTeacher, folded
 from distillers.mgd import MGD
 from distillers.ofd import OFD
+from distillers.reviewkd import ReviewKD
 from models import Features, create_model
 
 
@@ -135,3 +137,13 @@ def test_from_the_command_line(distill, images, tmp_path):
     cached = ['--dummy', '--dataset', 'cifar10', '--distiller', 'kd', '--cache-teacher', 'lazy']
     refused = distill(*cached, '--fold-teacher')
     assert refused.code == 2 and '--fold-teacher' in refused.err
+
+
+@pytest.mark.parametrize('methods, left', [({'mgd': MGD}, ['preact']), ({'mgd': MGD, 'at': AT}, ['preact', 'maps']),
+                                           ({'mgd': MGD, 'reviewkd': ReviewKD}, ['preact', 'maps'])])
+def test_maps_that_no_method_reads_are_let_go(methods, left):
+    student, teacher = make('narrower')
+    task, seen = Distillation(student, teacher, {name: method(student, teacher) for name, method in methods.items()}), []
+    task.distillers['mgd'].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    task(make_batch())
+    assert [name for name in ('preact', 'maps') if getattr(seen[0], name)] == left
