@@ -84,6 +84,7 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
     """One outcome for every row whose precision this machine has, after all results were found to be equal."""
     variants = {name: v for name, v in case.variants.items() if available(v.precision, settings.device)}
     rows = [row for row in case.rows if row.variant in variants and row.baseline in variants]
+    variants = {name: v for name, v in variants.items() if any(name in (row.variant, row.baseline) for row in rows)}
     order = random.Random(0)
 
     def one_round(steps):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def memory(settings: Settings, **sizes) -> Case:
-    sizes, others = SIZES | sizes, ('contiguous', 'folded')
+    sizes, others = SIZES | sizes, ('contiguous', 'folded', 'compiled')
     variants = {name: Variant(in_its_own_process(name, settings, sizes), kind)
                 for name, (_, kind) in builders(settings, sizes).items() if name not in others}
     rows = [Row('channels_last', 'plain', 0.9, 'share', tolerance=1e-4),

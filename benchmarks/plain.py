@@ -128,4 +128,5 @@ def plain_loader(folder, batch: int, workers: int) -> DataLoader:
     """Training images of a folder."""
     recipe = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                  transforms.ToTensor(), transforms.Normalize(*STATISTICS['imagefolder'])])
-    return DataLoader(datasets.ImageFolder(folder, recipe), batch, shuffle=True, num_workers=workers)
+    return DataLoader(datasets.ImageFolder(folder, recipe), batch, shuffle=True, num_workers=workers,
+                      multiprocessing_context='fork')  # a benchmark that was spawned itself would spawn them

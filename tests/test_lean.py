@@ -143,7 +143,8 @@ def test_from_the_command_line(distill, images, tmp_path):
                                            ({'mgd': MGD, 'reviewkd': ReviewKD}, ['preact', 'maps'])])
 def test_maps_that_no_method_reads_are_let_go(methods, left):
     student, teacher = make('narrower')
-    task, seen = Distillation(student, teacher, {name: method(student, teacher) for name, method in methods.items()}), []
+    task = Distillation(student, teacher, {name: method(student, teacher) for name, method in methods.items()})
+    seen = []
     task.distillers['mgd'].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     task(make_batch())
     assert [name for name in ('preact', 'maps') if getattr(seen[0], name)] == left
