@@ -25,6 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import signals
 from utils.sources import Folder, read
 
 SHARD = 256  # images, some 70 MB
@@ -114,6 +115,7 @@ def jobs_of(source: Path, target: Path, raw: bool) -> tuple[list[str], list]:
 def leave_with_parent():
     """A process whose parent was killed, or that kept a signal handler of its parent's, would wait for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: it is for the parent to tell
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -169,6 +171,9 @@ def main():
         convert(args, made, splits, raw)
     except (OSError, Damaged) as error:
         sys.exit(f'\nerror: writing to {args.target}: {error}')
+    except KeyboardInterrupt:
+        print('\nstopped; the same command goes on', file=sys.stderr)
+        sys.exit(signals.EXIT_INTERRUPTED)
 
 
 def convert(args, made: dict, splits: list[str], raw: bool):
