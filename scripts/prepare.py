@@ -183,6 +183,8 @@ def convert(args, made: dict, splits: list[str], raw: bool):
         classes, jobs = jobs_of(args.source / split, args.target / split, raw)
         with multiprocessing.Pool(args.workers, leave_with_parent) as pool:
             results = list(progress(pool.imap_unordered(store, jobs, 1 if raw else 16), len(jobs), split))
+            pool.close()  # they leave by themselves; a signal might find one that has not begun yet
+            pool.join()
         counts[split] = stored(args.target / split, classes, raw)
         expected, found = sum(result['images'] for result in results), sum(counts[split].values())
         if expected != found:
