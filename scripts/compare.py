@@ -23,6 +23,7 @@ from logs import read_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distillers import DISTILLERS, reads_outputs
 from utils.args import base_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,15 +52,10 @@ def command(method: str, seed: int, out: Path, args, flags: list[str]) -> list[s
         return ['main_base.py', *data, *of_student(flags), *own, '--seed', str(seed), '--output', str(out)]
     names = method.split('+')
     cache = []
-    if args.share_teacher and cacheable(names):
+    if args.share_teacher and all(reads_outputs(DISTILLERS[name]) for name in names):
         cache = ['--cache-teacher', 'lazy', '--cache-dir', str(args.output / 'teacher-cache')]
     return ['main_distill.py', *data, *flags, *cache, '--seed', str(seed), '--distiller', *names, *own,
             '--output', str(out)]
-
-
-def cacheable(names: list[str]) -> bool:
-    from distillers import DISTILLERS, reads_outputs  # here, as it takes torch's seconds to import
-    return all(reads_outputs(DISTILLERS[name]) for name in names)
 
 
 class Job:
@@ -195,7 +191,7 @@ def main():
                         'pooled features alone share them in files (--cache-teacher lazy)')
     args = parser.parse_args(words)
     for name in {part for method in args.methods for part in method.split('+')} - {'alone'}:
-        if not (ROOT / 'distillers' / f'{name}.py').exists():
+        if name not in DISTILLERS:
             parser.error(f'{name} is no method; python main_distill.py --list-distillers names them')
     if unknown := [name for name, _ in args.flags if name not in args.methods]:
         parser.error(f'--flags {unknown[0]}: not among --methods')

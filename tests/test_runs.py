@@ -1,6 +1,7 @@
 """main_base.py from beginning to end, in this process."""
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -291,3 +292,14 @@ def test_both_names_of_the_evaluation_folder(base, tmp_path):
     write_images(tmp_path / 'data' / 'train', 4, 0)
     write_images(tmp_path / 'data' / 'val', 2, 1)
     assert base(tmp_path / 'data', '--epochs', 1, '--output', tmp_path / 'o').log()[0]['valid']['n'] == 6
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(base, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, 'strftime', lambda form: '20261120-120000')
+    for epochs in (1, 2):  # as one folder, it would hold a run with other arguments
+        run = base(images, '--epochs', epochs)
+        assert run.code == 0, run.err
+    names = {path.name for path in (tmp_path / 'runs').iterdir()}
+    first = f'base-{images.name}-shufflenet_v2_x0_5-20261120-120000'
+    assert names == {first, f'{first}-2'}
