@@ -41,19 +41,23 @@ def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(base, images, tmp
 
 
 def test_it_learns(base, images, tmp_path):
-    run = base(images, '--epochs', 6, '--lr', 0.005, '--schedule', 'cosine', '--output', tmp_path, '--image-size', 64)
-    assert run.json()['best']['top1'] > 60 and run.log()[-1]['train']['loss'] < run.log()[0]['train']['loss']
+    run = base(images, '--arch', 'resnet8', '--epochs', 6, '--schedule', 'cosine', '--output', tmp_path)
+    first, *later = (record['train']['loss'] for record in run.log())
+    assert run.json()['best']['top1'] > 90 and min(later) < first / 2
 
 
 def test_an_epoch_is_what_a_plain_loop_does(base, images, tmp_path):
-    """The same two epochs written down naively: torch's own SGD and loss, one image after the other."""
-    run = base(images, '--epochs', 2, '--nesterov', '--label-smoothing', 0.1, '--image-size', 64, '--exact-pixels',
+    """The same two epochs written down naively: torch's own SGD and loss, one image after the other.
+
+    Of a network that does not magnify rounding, as larger ones do within a few updates of so small a batch.
+    """
+    run = base(images, '--arch', 'resnet8', '--epochs', 2, '--nesterov', '--label-smoothing', 0.1, '--exact-pixels',
                '--output', tmp_path)
     seed_everything(3, 'initial weights')
-    network = create_model('shufflenet_v2_x0_5', 3)
+    network = create_model('resnet8', 3)
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-4, nesterov=True)
     normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    crop = torchvision.transforms.Compose([torchvision.transforms.RandomResizedCrop(64),
+    crop = torchvision.transforms.Compose([torchvision.transforms.RandomResizedCrop(32),
                                            torchvision.transforms.RandomHorizontalFlip()])
     folder = torchvision.datasets.ImageFolder(images / 'train')
     for epoch in range(2):
@@ -70,7 +74,7 @@ def test_an_epoch_is_what_a_plain_loop_does(base, images, tmp_path):
             loss.backward()
             optimizer.step()
     for name, value in network.state_dict().items():
-        assert torch.allclose(run.weights()[name], value, rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(run.weights()[name], value, rtol=1e-4, atol=1e-5), name
 
 
 def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
