@@ -1,13 +1,33 @@
-"""Boxes of images, resized: image by image, or in batches on a device that holds all images."""
+"""Boxes of images, drawn and resized: image by image, or in batches on a device that holds all images."""
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as v2
 
 from .sources import load_or_next
 
 AT_ONCE = 64  # images, which bounds the memory that a batch takes on its way
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random box: its share of the image, its width by its height
+LOG_RATIO = torch.tensor(RATIO).log().tolist()
+TRIES = 10
+
+
+def random_box(height: int, width: int, draw: torch.Generator) -> tuple[int, int, int, int, bool]:
+    """Top, left, height, width, flip, as RandomResizedCrop and RandomHorizontalFlip draw them, four times faster."""
+    for _ in range(TRIES):
+        area = height * width * torch.empty(1).uniform_(*AREA, generator=draw).item()
+        ratio = torch.empty(1).uniform_(*LOG_RATIO, generator=draw).exp_().item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (torch.randint(room + 1, (1,), generator=draw).item() for room in (height - h, width - w))
+            break
+    else:  # the largest in the middle
+        w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+        top, left = (height - h) // 2, (width - w) // 2
+    return top, left, h, w, torch.rand(1, generator=draw).item() < 0.5
 
 
 def as_tensor(image) -> torch.Tensor:
@@ -15,13 +35,21 @@ def as_tensor(image) -> torch.Tensor:
 
 
 def cut(image, top, left, height, width, flip, size) -> torch.Tensor:
-    """A box of an image, resized and perhaps flipped: what v2's resized_crop and hflip give, up to a third faster."""
+    """A box of an image, resized and perhaps flipped: what v2's resized_crop and hflip give, in half the time.
+
+    Colours lie beside each other, as decoders leave them: torch resizes that layout fastest, if there are no gaps.
+    """
     if isinstance(image, torch.Tensor):
-        box = image[None, :, top:top + height, left:left + width]
+        box = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
         image = F.interpolate(box, (size, size), mode='bilinear', antialias=True)[0]
     else:
         image = v2.pil_to_tensor(v2.resized_crop(image, top, left, height, width, [size, size]))
     return image.flip(2) if flip else image
+
+
+def stack(images: list[torch.Tensor]) -> torch.Tensor:
+    """[3, H, W] each -> [B, 3, H, W], channels_last as cut() leaves them, which copies each in one piece."""
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def shares(length: torch.Tensor, longest: int, size: int) -> torch.Tensor:
@@ -59,7 +87,7 @@ class ResidentImages:
             ends = [self.starts[n] + self.sizes[n].prod() for n in numbers]
             images = [self.pixels[self.starts[n]:end].view(*self.sizes[n], 3).permute(2, 0, 1)
                       for n, end in zip(numbers, ends)]
-            return torch.stack([cut(image, *box, size) for image, box in zip(images, boxes.tolist())])
+            return stack([cut(image, *box, size) for image, box in zip(images, boxes.tolist())])
         if device.type == 'cuda':
             numbers, boxes = numbers.pin_memory(), boxes.pin_memory()
         return torch.cat([self.resample(n, b, size) for n, b in zip(numbers.split(AT_ONCE), boxes.split(AT_ONCE))])

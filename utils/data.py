@@ -7,12 +7,12 @@ import sys
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from . import distributed, signals, together
 from .args import beyond_the_device
-from .crops import ResidentImages
+from .crops import ResidentImages, stack
 from .order import EvalOrder, TrainOrder
 from .randomness import generator
 from .resident import Resident
@@ -142,12 +142,17 @@ class TrainData:
         return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)
 
 
+def collate(samples: list[Batch]) -> Batch:
+    images, *others = zip(*samples)
+    return Batch(stack(images), *map(default_collate, others))
+
+
 def make_loader(images, order, args):
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
-    loader = DataLoader(images, batch_sampler=order, num_workers=args.workers, persistent_workers=args.workers > 0,
-                        pin_memory=torch.cuda.is_available() and not args.no_accel, worker_init_fn=_worker,
-                        generator=torch.Generator(), multiprocessing_context=fork)
+    loader = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
+                        persistent_workers=args.workers > 0, worker_init_fn=_worker, generator=torch.Generator(),
+                        pin_memory=torch.cuda.is_available() and not args.no_accel, multiprocessing_context=fork)
     distributed.at_end.callback(dismiss_workers, loader)
     return loader
 

@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import v2
 
 from .args import beyond_crop_and_flip, further_augmentation
-from .crops import cut
+from .crops import cut, random_box
 from .randomness import generator, seeded
 from .resident import CENTRE, pad, view_number
 
@@ -37,26 +37,23 @@ class CropView:
     """The ImageNet recipe: a random crop of random size, flip."""
 
     def __init__(self, args, seed):
-        self.seed, self.size, self.crop = seed, args.image_size, v2.RandomResizedCrop(args.image_size)
+        self.seed, self.size = seed, args.image_size
         self.extras = random_extras(args) if further_augmentation(args) else None
 
-    def draw(self, image) -> tuple:
-        """What RandomResizedCrop and RandomHorizontalFlip draw: top, left, height, width, flip."""
-        box = self.crop.make_params([image])
-        return box['top'], box['left'], box['height'], box['width'], torch.rand(1).item() < 0.5
+    def box(self, epoch, index, height, width) -> tuple:
+        return random_box(height, width, generator(self.seed, 'view', epoch, index))
 
     def boxes(self, epoch, numbers, sizes) -> torch.Tensor:
-        """[B, 5], what is drawn for images of these numbers, of which height and width are enough to know."""
-        drawn = []
-        for number, size in zip(numbers, sizes):
-            with seeded(self.seed, 'view', epoch, number):
-                drawn.append(self.draw(torch.empty(1, 1, 1).expand(3, *size)))
-        return torch.tensor(drawn)
+        """[B, 5], of images of these numbers, heights and widths."""
+        return torch.tensor([self.box(epoch, number, *size) for number, size in zip(numbers, sizes)])
 
     def __call__(self, image, epoch, index):
-        with seeded(self.seed, 'view', epoch, index):
-            image = cut(image, *self.draw(image), self.size)
-            return self.extras(image) if self.extras else image
+        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
+        image = cut(image, *self.box(epoch, index, height, width), self.size)
+        if self.extras is None:
+            return image
+        with seeded(self.seed, 'extras', epoch, index):
+            return self.extras(image)
 
     def number(self, epoch, index):
         return -1
@@ -97,7 +94,7 @@ class ShiftView:
         image = self.resize(image.flip(2) if flip else image)
         if self.extras is None:
             return image
-        with seeded(self.seed, 'view', epoch, index):
+        with seeded(self.seed, 'extras', epoch, index):
             return self.extras(image)
 
     def number(self, epoch, index):
