@@ -3,7 +3,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import main_base  # noqa: E402
 import main_distill  # noqa: E402
-from utils import signals  # noqa: E402
+from utils import engine, signals  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
 
@@ -91,6 +93,20 @@ def in_process(module, monkeypatch, capfd):
         out, err = capfd.readouterr()
         return Outcome(code, out, err, output_of(args))
     return run
+
+
+@contextmanager
+def signal_in_update(number: int):
+    """SIGTERM comes in this update, counted from 1, of a run in this process."""
+    genuine, count = engine.seed_everything, [0]
+
+    def seed(*key):
+        count[0] += 1
+        if count[0] == number:
+            signals._note(15)
+        genuine(*key)
+    with patch.object(engine, 'seed_everything', seed):
+        yield
 
 
 def environment(**extra):

@@ -3,9 +3,8 @@ import json
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, assert_same, script, start, torchrun_command
+from conftest import QUICK, ROOT, assert_same, script, signal_in_update, start, torchrun_command
 
-import main_distill
 from models import create_model
 from utils import signals
 
@@ -43,17 +42,9 @@ def test_mgd_with_kd(distill, images, teacher, tmp_path):
 @pytest.mark.parametrize('more', [['--distiller', 'mgd'], ['--distiller', 'kd', '--ema', 0.9, '--accum-steps', 2],
                                   ['--distiller', 'dml', 'crd', '--optimizer', 'dot', '--lr', 1e-3]],
                          ids=['mgd', 'kd', 'dml'])
-def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_path, monkeypatch, more):
+def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_path, more):
     whole = distill(*flags(images, teacher, tmp_path / 'whole', *more))
-    genuine, count = main_distill.train_one_epoch.__globals__['seed_everything'], [0]
-
-    def seed(*key):
-        count[0] += 1
-        if count[0] == 2:
-            signals._note(15)
-        genuine(*key)
-    with monkeypatch.context() as patch:
-        patch.setitem(main_distill.train_one_epoch.__globals__, 'seed_everything', seed)
+    with signal_in_update(2):
         part = distill(*flags(images, teacher, tmp_path / 'parts', *more))
     assert part.code == signals.EXIT_INTERRUPTED
     rest = distill(*flags(images, teacher, tmp_path / 'parts', *more))

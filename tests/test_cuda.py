@@ -1,0 +1,180 @@
+"""What only a GPU can show: the same results as on a CPU, by every fast path. Skipped where there is none.
+
+TF32, by which convolutions round more, is off; results of one device are compared to the bit with --deterministic.
+"""
+import copy
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zoo
+from conftest import ROOT, assert_same, environment, signal_in_update, torchrun_command
+
+from distillers import DISTILLERS, Distillation
+from distillers.lean import LeanTeacher
+from models import create_model
+from utils import signals
+from utils.crops import ResidentImages
+from utils.resident import VIEWS, Resident
+from utils.sources import Dummy
+from utils.views import CropView
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
+TINY = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 72, '-b', 16, '--epochs', 2, '--lr', 0.02, '-j', 2,
+        '--seed', 3, '--no-tensorboard', '--arch', 'resnet8']
+DISTIL = [*TINY, '--teacher-arch', 'resnet14', '--distiller']
+EXACT = ['--gpu', 0, '--deterministic']
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.save(create_model('resnet14', 10).state_dict(), path)
+    return ['--teacher-resume', path]
+
+
+def gradients(name, device, backend=None):
+    """Losses and gradients of a batch, and the state after it."""
+    student, teacher = zoo.make('same')
+    task = Distillation(student, teacher, {name: DISTILLERS[name](student, teacher)}).train()
+    task.know(torch.arange(20) % zoo.CLASSES)
+    if name == 'crd':  # draws, and the GPU has other ones
+        task.distillers[name].draw = lambda index: torch.arange(20, device=index.device).expand(len(index), -1)
+    task.start_epoch(1, lambda: [zoo.make_batch()] * 2)
+    teacher.to(device)
+    task.to(device)
+    if backend:
+        task.distillers[name].compile(mode=backend, dynamic=False)
+    batch = zoo.make_batch()
+    ready = batch._replace(images=batch.images.to(device), target=batch.target.to(device), index=batch.index.to(device))
+    for _ in range(3 if backend else 1):  # CUDA graphs warm up, record, replay
+        task.zero_grad()
+        state = copy.deepcopy(task.state_dict())
+        torch.compiler.cudagraph_mark_step_begin()
+        losses = task(ready)[1]
+        sum(losses.values()).backward()
+        found = [{k: v.detach().cpu().clone() for k, v in of.items()} for of in (
+            losses, {k: p.grad for k, p in task.named_parameters() if p.grad is not None}, task.state_dict())]
+        task.load_state_dict(state)
+    return found
+
+
+def assert_alike(expected, found, tolerance):
+    for wanted, got in zip(expected, found):
+        largest = max(v.double().abs().max().item() for v in wanted.values())
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_a_method_is_the_same(name):
+    assert_alike(gradients(name, CPU), gradients(name, GPU), 1e-3)
+
+
+@pytest.mark.parametrize('name', sorted({*DISTILLERS} - {'kdsvd'}))  # singular values are no work for a graph
+def test_a_method_is_the_same_as_a_cuda_graph(name):
+    torch._dynamo.reset()
+    assert_alike(gradients(name, GPU), gradients(name, GPU, 'reduce-overhead'), 1e-3)
+
+
+@pytest.fixture(scope='module')
+def loss_on_cpu(once, teacher, tmp_path_factory):
+    def get(distill):
+        folder = tmp_path_factory.mktemp('cpu')
+        return once('cpu', lambda: distill(*DISTIL, 'kd', *teacher, '--no-accel', '--output', folder, quick=False))
+    return get
+
+
+@pytest.mark.parametrize('flags', [
+    [], ['--fast'], ['--amp', 'bf16', '--teacher-amp', 'off'], ['--amp', 'fp16'], ['--channels-last'],
+    ['--fold-teacher'], ['--compile'], ['--compile', 'reduce-overhead'], ['--data-backend', 'loader'],
+    ['--cache-teacher', 'lazy'], ['--cache-teacher', 'full', '--compile', 'reduce-overhead', '--amp', 'bf16'],
+    ['--accum-steps', 2, '-b', 8]], ids=lambda flags: ' '.join(map(str, flags)) or 'plain')
+def test_a_run_learns_what_it_does_on_a_cpu(distill, teacher, loss_on_cpu, tmp_path, flags):
+    torch._dynamo.reset()
+    expected = loss_on_cpu(distill)
+    run = distill(*DISTIL, 'kd', *teacher, '--gpu', 0, *flags, '--output', tmp_path, quick=False)
+    assert expected.code == run.code == 0, run.out + run.err
+    half = '--fast' in flags or '--amp' in flags
+    for ours, theirs in zip(run.log(), expected.log(), strict=True):
+        assert ours['train']['loss'] == pytest.approx(theirs['train']['loss'], rel=0.05 if half else 0.02)
+        assert ours['valid']['n'] == theirs['valid']['n']
+
+
+@pytest.mark.parametrize('flags', [['kd'], ['crd', '--crd-negatives', 32], ['mgd', 'kd', '--pair-images', 32]],
+                         ids=lambda flags: flags[0])
+def test_an_interrupted_run_goes_on_to_the_bit(distill, teacher, tmp_path, flags):
+    def run(output):
+        return distill(*DISTIL, *flags, *teacher, *EXACT, '--output', tmp_path / output, quick=False)
+    whole = run('whole')
+    with signal_in_update(7):  # of five in each of two epochs
+        part = run('parts')
+    rest = run('parts')
+    assert (whole.code, part.code, rest.code) == (0, signals.EXIT_INTERRUPTED, 0), whole.err + part.err + rest.err
+    assert_same(whole.weights(), rest.weights())
+
+
+def test_seeds_side_by_side_are_those_alone(distill, teacher, tmp_path):
+    run = distill(*[word for word in DISTIL if word not in ('--seed', 3)], 'kd', *teacher, *EXACT, '--seeds', 3, 4,
+                  '--output', tmp_path / 'run', quick=False)
+    assert run.code == 0, run.out + run.err
+    for seed in (3, 4):
+        alone = distill(*DISTIL, 'kd', *teacher, *EXACT, '--seed', seed, '--output', tmp_path / f'alone-{seed}',
+                        quick=False)
+        assert_same(torch.load(tmp_path / f'run-{seed}' / 'last.pth', weights_only=True), alone.weights())
+
+
+@pytest.mark.parametrize('padding', ['zeros', 'reflect'])
+def test_views_of_cifar(padding):
+    source, numbers = Dummy(40, 10, 32), torch.randint(VIEWS, (40,), generator=torch.Generator().manual_seed(0))
+    on_cpu, on_gpu = (Resident(source, device, padding).views(torch.arange(40, device=device), numbers.to(device))
+                      for device in (CPU, GPU))
+    assert torch.equal(on_cpu, on_gpu.cpu())
+
+
+def test_crops_of_a_folder():
+    """One pixel in a hundred is rounded the other way, few by two."""
+    source = Dummy(6, 2, 90)
+    view = CropView(SimpleNamespace(image_size=48, auto_augment='off', random_erasing=0.0), seed=1)
+    numbers, boxes = torch.arange(6), view.boxes(0, range(6), [(90, 90)] * 6)
+    a, b = (ResidentImages(source, device, 1).crops(numbers, boxes, 48).cpu().int() for device in (CPU, GPU))
+    assert (a - b).abs().max() <= 2 and (a != b).float().mean() < 0.03
+
+
+@pytest.mark.parametrize('amp', ['off', 'bf16'])
+def test_the_lean_teacher(amp):
+    torch.manual_seed(0)
+    student, teacher = (create_model('resnet8', 10).to(GPU) for _ in range(2))
+    with torch.no_grad():
+        teacher.train()(torch.randn(64, 3, 32, 32, device=GPU))
+    task = Distillation(student, teacher, {'mgd': DISTILLERS['mgd'](student, teacher)})
+    args = SimpleNamespace(fold_teacher=True, fast=False, teacher_amp=amp, amp=amp, channels_last=True, compile=False)
+    batch = zoo.make_batch(size=32)
+    batch = batch._replace(images=batch.images.to(GPU))
+    lean, exact = LeanTeacher(task, teacher, GPU, args)(batch), teacher(batch.images, features=True)
+    for x, y in zip(lean.preact, exact.preact, strict=True):
+        assert (x.float() - y).abs().max() <= (5e-2 if amp == 'bf16' else 1e-3) * y.abs().max()
+
+
+def test_one_rank_under_nccl_is_one_process(distill, teacher, tmp_path):
+    """In a process of its own: DDP, its buckets and the exchange of gradients on the device."""
+    alone = distill(*DISTIL, 'kd', *teacher, *EXACT, '--output', tmp_path / 'alone', quick=False)
+    command = [*torchrun_command(1), ROOT / 'main_distill.py', *DISTIL, 'kd', *teacher, '--deterministic', '--output',
+               tmp_path / 'ddp']
+    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment() | {
+        'CUDA_VISIBLE_DEVICES': '0'}, timeout=240)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ours = torch.load(tmp_path / 'ddp' / 'last.pth', weights_only=True)
+    for name, value in alone.weights().items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
