@@ -42,7 +42,9 @@ def folded(teacher: nn.Module) -> nn.Module:
     for conv, norm in pairs(network, image):
         network.set_submodule(conv, fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm)))
         network.set_submodule(norm, nn.Identity())
-    for field, wanted, got in zip(Features._fields, *(x.forward(image, features=True) for x in (teacher, network))):
+    with setup.full_float32():
+        shown = [x.forward(image, features=True) for x in (teacher, network)]
+    for field, wanted, got in zip(Features._fields, *shown):
         for x, y in zip(*(x if isinstance(x, list) else [x] for x in (wanted, got))):
             if not (x - y).abs().max() <= 1e-3 * x.abs().max():
                 raise ValueError(f'--fold-teacher: with its norms in its convolutions the teacher shows other {field}')

@@ -71,6 +71,20 @@ def test_a_convolution_that_others_use_is_not_folded():
     assert norms(folded(network)) == 1
 
 
+def test_it_is_compared_in_full_float32(monkeypatch):
+    """In TF32 the features of many a teacher would differ by more than is allowed."""
+    rounded = []
+    teacher, forward = settled(create_model('resnet8', 10)), torch.nn.Conv2d.forward
+
+    def watched(*args):
+        rounded.append(torch.backends.cudnn.allow_tf32)
+        return forward(*args)
+    monkeypatch.setattr(torch.nn.Conv2d, 'forward', watched)
+    folded(teacher)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in teacher.modules())
+    assert rounded[-2 * convolutions:] == [False] * 2 * convolutions and torch.backends.cudnn.allow_tf32
+
+
 def lean_args(**more):
     return SimpleNamespace(**{'fold_teacher': True, 'fast': False, 'teacher_amp': None, 'amp': 'off',
                               'channels_last': False, 'compile': False} | more)

@@ -1,5 +1,6 @@
 """Switches of the whole process, and a network's way to its device."""
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +36,17 @@ def has_bf16(device: torch.device) -> bool:
 def precision(device: torch.device, amp: str):
     """The autocast of --amp."""
     return torch.autocast(device.type, PRECISIONS[amp], enabled=amp != 'off')
+
+
+@contextmanager
+def full_float32():
+    """Convolutions without TF32, which a GPU takes by default: in it what should be equal differs by a thousandth."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def place(network: nn.Module, device: torch.device, args) -> nn.Module:
