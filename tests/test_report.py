@@ -262,11 +262,22 @@ def test_sums_of_what_was_looked_at_survive_a_resume():
     meter = Meter(before)
     meter.add(torch.arange(4), torch.zeros(4, dtype=torch.long), 1.0, torch.eye(4), {'ce': torch.ones(())})
     meter.add_norm(torch.ones(()))
-    meter.clock(1.0, 0.5)
     meter.read(watch_norms=True)
+    meter.clock(1.0, 0.5)
     sums = meter.everybody()
     assert sums['n'] == 8 and sums['balance/labels'] == 3 and sums['time/n'] == 3 and sums['time/seconds'] == 6
     assert percentages(sums)['balance'] == {'labels': 3.0} and percentages(sums)['time']['seconds'] == 2
+
+
+def test_the_clock_is_read_when_the_device_has_done_the_updates(distill, tmp_path, monkeypatch):
+    calls = []
+    for name, method in (('read', Meter.read), ('clock', Meter.clock)):
+        def called(self, *args, name=name, method=method, **kwargs):
+            calls.append(name)
+            return method(self, *args, **kwargs)
+        monkeypatch.setattr(Meter, name, called)
+    run = distill(*TAUGHT, '--distiller', 'kd', '--epochs', 1, '--output', tmp_path / 'run', quick=False)
+    assert run.code == 0 and calls == ['read', 'clock']
 
 
 # compare.py

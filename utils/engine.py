@@ -76,8 +76,9 @@ def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, ar
         update = -(-end // size)
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
-            meter.clock(time.time() - display.began, display.waited)
-            stop_if_broken(meter.read(watch_norms=not scaler.is_enabled()), update, run, data)
+            trouble = meter.read(watch_norms=not scaler.is_enabled())
+            meter.clock(time.time() - display.began, display.waited)  # now that the device has done them
+            stop_if_broken(trouble, update, run, data)
             display.show(meter.sums, rate, update)
         if save:
             progress['sums'] = meter.everybody()

@@ -67,9 +67,8 @@ class Meter:
             self.sums[f'update/{name}'] += value
 
     def clock(self, seconds: float, waited: float):
-        """Since this meter was made: of all updates, and of those the time without data."""
-        updates = len(self.norms) + self.sums['time/n']
-        self.sums |= {'time/n': updates, 'time/seconds': seconds, 'time/wait': waited}
+        """Since this meter was made, for the updates that were read: of all, and of those the time without data."""
+        self.sums |= {'time/seconds': seconds, 'time/wait': waited}
 
     def read(self, watch_norms: bool) -> dict | None:
         """Bring everything in from the device; returns the first thing that was not finite, if any."""
@@ -83,6 +82,7 @@ class Meter:
                 if name.startswith('loss/') and not math.isfinite(value):
                     troubles.append((update, f'loss {name[5:]}', value))
         norms = torch.stack(self.norms).tolist()
+        self.sums['time/n'] += len(norms)
         troubles += [(u, 'gradient norm', norm) for u, norm in enumerate(norms)
                      if watch_norms and not math.isfinite(norm)]
         trouble = None
