@@ -32,6 +32,8 @@ def ingredients(settings: Settings, args, teacher: str, student: str, batch: int
     train = TrainData(ResidentLoader(Images(source, PlainView(32)), EvalOrder(range(images), batch, 0, 1),
                                      Resident(source, settings.device)))
     index, view = torch.randperm(images)[:batch], torch.randint(VIEWS, (batch,))
+    if settings.device.type == 'cuda':
+        index, view = index.pin_memory(), view.pin_memory()  # as in ResidentLoader
     there, resident = index.to(settings.device), train.resident(settings.device)
     data = Batch(resident.views(there, view.to(settings.device)), resident.targets[there], index, None, view=view)
     settle(teacher, Prepare(args, settings.device)(data).images)

@@ -1,7 +1,8 @@
 """How a case is measured: all its variants in one process, in random order within each round.
 
 The machine may be busy, so what counts on a CPU is the process's own time, and what is reported is the median over
-rounds of the ratio within a round.
+rounds of the ratio within a round. A GPU's time is taken by its events, over many steps; in fp32 its convolutions round
+to TF32, as PyTorch lets them, but not where results are compared.
 """
 import random
 import resource
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.setup import has_bf16
+from utils.setup import full_float32, has_bf16
 
 CUDA_WARM_UP, CUDA_STEPS = 50, 200
 
@@ -32,10 +33,15 @@ class Settings(NamedTuple):
     threads: int = 1
     peers: Path | None = None  # a folder with checkouts of other projects
 
+    def batch(self, cpu: int, cuda: int) -> int:
+        """A GPU needs more images at once before it, and not the launching of its kernels, takes the time."""
+        return cuda if self.device.type == 'cuda' else cpu
+
 
 class Variant(NamedTuple):
     run: Callable  # does the work once and returns what it comes to: numbers or tensors by name
     precision: str = 'fp32'
+    clock: Callable[[], float] | None = None  # seconds, for what the host does; None: the device's own, by steps
 
 
 class Row(NamedTuple):
@@ -91,12 +97,16 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
         measured = {}
         for name in order.sample(list(variants), len(variants)):
             torch.manual_seed(0)
-            run = variants[name].run
-            measured[name] = run() if case.measures else timed(run, settings.device, steps)
+            run, _, clock = variants[name]
+            measured[name] = run() if case.measures else timed(run, settings.device, steps, clock)
         return measured
 
     on_cuda = settings.device.type == 'cuda'
-    first = one_round(CUDA_WARM_UP if on_cuda else 1)
+    with full_float32():
+        first = one_round(1)
+    if on_cuda and not case.measures:
+        torch.backends.cudnn.benchmark = True  # as the scripts have it
+        one_round(CUDA_WARM_UP)
     errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
     kept = [first] if case.measures else [one_round(-(-CUDA_STEPS // rounds) if on_cuda else 1) for _ in range(rounds)]
     samples = {name: [measured[name][0] for measured in kept] for name in variants}
@@ -104,12 +114,13 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
             for row, error in zip(rows, errors)]
 
 
-def timed(run: Callable, device: torch.device, steps: int) -> tuple[float, dict]:
-    """Milliseconds per step, and the result of the first."""
-    if device.type == 'cpu':
-        start = spent()
+def timed(run: Callable, device: torch.device, steps: int, clock=None) -> tuple[float, dict]:
+    """Milliseconds per step, and the result of the first; by the clock of a host one step is enough."""
+    if clock or device.type == 'cpu':
+        clock = clock or spent
+        start = clock()
         result = run()
-        return 1e3 * (spent() - start), result
+        return 1e3 * (clock() - start), result
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = run()
@@ -141,11 +152,28 @@ def difference(row: Row, ours: dict, baseline: dict) -> float:
 
 def available(precision: str, device: torch.device) -> bool:
     """bfloat16 is slower than float32 where the processor has no instructions for it."""
-    return precision != 'bf16' or has_bf16(device)
+    return {'fp32': True, 'tf32': device.type == 'cuda', 'bf16': has_bf16(device)}[precision]
 
 
-def matmul_rate(precision: str, device: torch.device, n: int = 1024) -> float:
+def matmul_rate(precision: str, device: torch.device) -> float:
     """FLOP per ms that a product of two square matrices reaches here, the best of a few."""
+    n, steps = matmul_size(device), 20 if device.type == 'cuda' else 1
     a = torch.rand(n, n, device=device, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
-    steps = 50 if device.type == 'cuda' else 1
-    return 2 * n ** 3 / min(timed(lambda: a @ a, device, steps)[0] for _ in range(5))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
+    milliseconds = min(timed(lambda: a @ a, device, steps)[0] for _ in range(5))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * n ** 3 / milliseconds
+
+
+def matmul_size(device: torch.device) -> int:
+    """Large enough to keep all of a GPU at work."""
+    return 8192 if device.type == 'cuda' else 1024
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per ms that a copy far larger than any cache reads and writes, the best of a few."""
+    a = torch.zeros(2 ** 28 if device.type == 'cuda' else 2 ** 25, device=device)
+    b = torch.ones_like(a)
+    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device, 20 if device.type == 'cuda' else 1)[0]
+                              for _ in range(5))

@@ -1,6 +1,12 @@
-"""From image files to batches that a device could normalise, in CPU time of this process and its workers."""
+"""From image files to batches that a device could normalise, in CPU time of this process and its workers.
+
+With a GPU also its decoder against the CPU's, in wall-clock time.
+"""
+import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.io import decode_jpeg
 
 from utils.args import base_parser, check
 from utils.crops import ResidentImages
@@ -16,7 +23,7 @@ from utils.order import TrainOrder
 from utils.sources import load_source
 from utils.views import STATISTICS, CropView
 
-from .harness import Case, Row, Settings, Variant
+from .harness import Case, Row, Settings, Variant, spent
 from .plain import plain_loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,11 +97,11 @@ def loader(settings: Settings, images=512, different=128, width=500, height=375,
             if workers:
                 dismiss_workers(loaded)  # what they have spent is known when they have gone
             return colours.result()
-        return Variant(run)
+        return Variant(run, clock=spent)
 
     jpeg, raw = (prepare(folder, form) for form in ('jpeg', 'raw'))
     variants = {
-        'classic': Variant(classic),
+        'classic': Variant(classic, clock=spent),
         'folder': ours(folder, 1),
         'folder, exact pixels': ours(folder, 1, flags=['--exact-pixels']),
         'prepared': ours(jpeg, 1),
@@ -102,5 +109,36 @@ def loader(settings: Settings, images=512, different=128, width=500, height=375,
         'raw, on the device': ours(raw, 0, resident=True),
     }
     row = partial(Row, baseline='classic', tolerance=0.05)  # other crops of the same images
-    return Case(variants, [row('folder', goal=1.7), row('folder, exact pixels', goal=None), row('prepared', goal=2.7),
-                           row('raw', goal=8.0), row('raw, on the device', goal=None)])
+    rows = [row('folder', goal=1.7), row('folder, exact pixels', goal=None), row('prepared', goal=2.7),
+            row('raw', goal=8.0), row('raw, on the device', goal=None)]
+    if settings.device.type != 'cuda':
+        return Case(variants, rows)
+    decoders, more, skipped = decoding(folder, settings.device, batch)
+    return Case(variants | decoders, rows + more, skipped=skipped)
+
+
+def decoding(folder: Path, device: torch.device, batch: int) -> tuple[dict[str, Variant], list[Row], tuple[str, ...]]:
+    """JPEGs that lie in memory, to pixels where the decoder has them: in that of the host, or of the device.
+
+    The speed-up over one core is how many cores nvJPEG stands for, while the device does nothing else; over all cores
+    it counts what they do at once. Reading, cropping, and the copy of the CPU's pixels are left out.
+    """
+    files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in sorted((folder / 'train').rglob('*.jpg'))]
+    parts, cores = [files[i:i + batch] for i in range(0, len(files), batch)], os.cpu_count()
+    pool = ThreadPoolExecutor(cores)
+    decoders = {'nvJPEG': lambda part: decode_jpeg(part, device=device), 'JPEGs, one core': decode_jpeg,
+                f'JPEGs, {cores} cores': lambda part: list(pool.map(decode_jpeg, part))}
+    try:
+        decoders['nvJPEG'](files[:1])
+    except RuntimeError as error:
+        return {}, [], (f'nvJPEG: {str(error).splitlines()[0]}',)
+
+    def variant(decode):
+        def run():
+            for part in parts:
+                images = decode(part)
+            return {'colours': images[0].float().mean((1, 2)).cpu()}  # of one, which waits for the device to have all
+        return Variant(run, clock=time.perf_counter)
+    ours, *others = decoders
+    rows = [Row(ours, other, None, tolerance=0.02) for other in others]
+    return {name: variant(decode) for name, decode in decoders.items()}, rows, ()

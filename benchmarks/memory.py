@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
+from utils.setup import full_float32
+
 from . import peers
 from .harness import Case, Row, Settings, Variant
-from .mgd_step import SIZES, builders
+from .mgd_step import builders, sizes_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def memory(settings: Settings, **sizes) -> Case:
-    sizes, others = SIZES | sizes, ('contiguous', 'folded', 'compiled')
+    sizes, others = sizes_for(settings, sizes), ('contiguous', 'folded', 'compiled')
     variants = {name: Variant(in_its_own_process(name, settings, sizes), kind)
                 for name, (_, kind) in builders(settings, sizes).items() if name not in others}
     rows = [Row('channels_last', 'plain', 0.9, 'share', tolerance=1e-4),
@@ -35,9 +37,12 @@ def in_its_own_process(name: str, settings: Settings, sizes: dict):
 
 
 def growth_of(run, device: torch.device) -> tuple[float, float]:
-    """MB by which two steps raise the peak, and the loss of the first."""
+    """MB by which two steps raise the peak (on a GPU: the second of them), and the loss of the first."""
     before = held(device)
-    loss = run()['loss'].item()
+    with full_float32():
+        loss = run()['loss'].item()
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)  # of what was built, and of kernels that are slow and exact
     run()
     return (peak(device) - before) / 1e6, loss
 

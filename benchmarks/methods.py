@@ -14,7 +14,9 @@ BARE = 'no method'  # both networks run all the same
 SAMPLES, CLASSES = 50_000, 100  # of CIFAR-100
 
 
-def methods(settings: Settings, table=DISTILLERS, student='resnet8x4', teacher='resnet32x4', size=32, batch=16) -> Case:
+def methods(settings: Settings, table=DISTILLERS, student='resnet8x4', teacher='resnet32x4', size=32,
+            batch=None) -> Case:
+    batch = batch or settings.batch(16, 64)
     torch.manual_seed(0)
     data = Batch(*(x.to(settings.device) for x in (torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,)),
                                                    torch.arange(batch), torch.full((batch,), -1))))

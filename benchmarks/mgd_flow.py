@@ -8,7 +8,7 @@ import torch
 from distillers import mgd
 
 from . import peers
-from .harness import Case, Row, Settings, Variant, matmul_rate
+from .harness import Case, Row, Settings, Variant, matmul_rate, matmul_size, spent
 from .plain import plain_assignment, plain_tracking
 
 STAGES = ((128, 256, 56), (256, 512, 28), (512, 1024, 14), (1024, 2048, 7))  # student, teacher, pixels of an edge
@@ -45,9 +45,9 @@ def flow_tracking(settings: Settings, stages=STAGES, batch=32) -> Case:
             Row('contiguous', peers.MGD, 2.5, tolerance=1e-6)]
 
     def limit():
-        work = sum(2 * batch * size ** 2 * sc * tc for sc, tc, size in stages)
-        return (f'{work / 1e9:.0f} GFLOP of products, at the rate of a 1024 x 1024 product: '
-                f'{work / matmul_rate("fp32", settings.device):.0f} ms')
+        work, n = sum(2 * batch * size ** 2 * sc * tc for sc, tc, size in stages), matmul_size(settings.device)
+        return (f'{work / 1e9:.0f} GFLOP of products, at the rate of a {n} x {n} product: '
+                f'{work / matmul_rate("fp32", settings.device):.1f} ms')
     return Case(variants, rows, limit=limit, skipped=peers.trouble(settings))
 
 
@@ -63,12 +63,12 @@ def flow_assignment(settings: Settings, sc=1024, g=2) -> Case:
         return {'cost': cost.gather(1, torch.as_tensor(flow).T).mean()}
 
     variants = {
-        'ours': Variant(lambda: price(mgd.match(cost, g))),
-        'plain': Variant(lambda: price(plain_assignment(cost.numpy(), g))),
+        'ours': Variant(lambda: price(mgd.match(cost, g)), clock=spent),
+        'plain': Variant(lambda: price(plain_assignment(cost.numpy(), g)), clock=spent),
     }
     if settings.peers and not peers.trouble(settings):
         solve = peers.assignment(settings, cost, g)
-        variants[peers.MGD] = Variant(lambda: price(solve()))
+        variants[peers.MGD] = Variant(lambda: price(solve()), clock=spent)
     rows = [Row('ours', baseline, 4.0, tolerance=1e-4) for baseline in ('plain', peers.MGD)]
 
     def limit():

@@ -13,10 +13,12 @@ from utils.optim import make_optimizer
 from utils.setup import compiled, place, precision
 
 from . import peers
-from .harness import Case, Row, Settings, Variant, available, matmul_rate
+from .harness import Case, Row, Settings, Variant, available, matmul_rate, matmul_size
 from .plain import plain_step
 
-SIZES = {'teacher': 'resnet50', 'student': 'mobilenet_v1', 'size': 224, 'batch': 8}
+
+def sizes_for(settings: Settings, given: dict) -> dict:
+    return {'teacher': 'resnet50', 'student': 'mobilenet_v1', 'size': 224, 'batch': settings.batch(8, 128)} | given
 
 
 def ingredients(settings: Settings, teacher: str, student: str, size: int, batch: int):
@@ -43,7 +45,12 @@ def settle(network, images):
     network(images)
 
 
-def our_step(settings: Settings, sizes: dict, channels_last=False, amp='off', fold=False, compile=False, distil=True):
+def our_step(settings: Settings, sizes: dict, **how):
+    return training_step(*our_task(settings, sizes, **how))
+
+
+def our_task(settings: Settings, sizes: dict, channels_last=False, amp='off', fold=False, compile=False, distil=True):
+    """What training_step is made of."""
     student, teacher, method, batch = ingredients(settings, **sizes)
     args = arguments(channels_last, amp, fold, compile)
     student, teacher = (place(network, settings.device, args) for network in (student, teacher))
@@ -52,7 +59,7 @@ def our_step(settings: Settings, sizes: dict, channels_last=False, amp='off', fo
     task = Distillation(student, teacher, {'mgd': compiled(method, args)} if distil else {})
     if fold:
         task.stand_in = LeanTeacher(task, teacher, settings.device, args)
-    return training_step(task, batch, args)
+    return task, batch, args
 
 
 def arguments(channels_last=False, amp='off', fold=False, compile=False) -> SimpleNamespace:
@@ -93,7 +100,7 @@ def builders(settings: Settings, sizes: dict) -> dict:
 
 
 def mgd_step(settings: Settings, **sizes) -> Case:
-    steps = builders(settings, SIZES | sizes)
+    steps = builders(settings, sizes_for(settings, sizes))
     variants = {name: Variant(build(), kind) for name, (build, kind) in steps.items()}
     rows = [Row('contiguous', 'plain', 1.3), Row('channels_last', 'plain', 1.6, tolerance=1e-4),
             Row('bf16 folded', 'plain', 2.8, tolerance=2e-2),
@@ -107,15 +114,15 @@ def arithmetic(run, device) -> str:
     """What a step has to multiply, and how fast a large product is: most of its own are small, or convolutions."""
     with FlopCounterMode(display=False) as counter:
         run()
-    work = counter.get_total_flops()
-    rates = (f'{matmul_rate(precision, device) / 1e6:.0f} GFLOP/s in {precision}' for precision in ('fp32', 'bf16')
-             if available(precision, device))
-    return f'{work / 1e9:.0f} GFLOP of products; a 1024 x 1024 product reaches {", ".join(rates)}'
+    work, n = counter.get_total_flops(), matmul_size(device)
+    rates = (f'{matmul_rate(precision, device) / 1e6:.0f} GFLOP/s in {precision}'
+             for precision in ('fp32', 'tf32', 'bf16') if available(precision, device))
+    return f'{work / 1e9:.0f} GFLOP of products; a {n} x {n} product reaches {", ".join(rates)}'
 
 
 def mgd_overhead(settings: Settings, **sizes) -> Case:
     """Without it, both networks still run, as they would for any method."""
-    sizes = SIZES | sizes
+    sizes = sizes_for(settings, sizes)
     variants, rows = {}, []
     for name, amp, goal in (('fp32', 'off', 0.11), ('bf16', 'bf16', 0.30)):
         for distil in (True, False):

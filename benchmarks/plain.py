@@ -129,4 +129,5 @@ def plain_loader(folder, batch: int, workers: int) -> DataLoader:
     recipe = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                  transforms.ToTensor(), transforms.Normalize(*STATISTICS['imagefolder'])])
     return DataLoader(datasets.ImageFolder(folder, recipe), batch, shuffle=True, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(),
                       multiprocessing_context='fork')  # a benchmark that was spawned itself would spawn them

@@ -95,8 +95,8 @@ def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
         goal, verdict = '', ', '.join(f'{key}: {value}' for key, value in facts.items())
         if row.goal is not None:
             goal = f'{">=" if METRICS[row.metric][1] else "<="} {row.goal}'
-            verdict = 'ok' if outcome.reached else 'MISSED'
-        print(LINE.format(name, row.variant, row.baseline, outcome.precision, f'{ours:.0f}', f'{baseline:.0f}',
+            verdict = ', '.join(['ok' if outcome.reached else 'MISSED'] + [verdict] * bool(verdict))
+        print(LINE.format(name, row.variant, row.baseline, outcome.precision, figures(ours), figures(baseline),
                           case.unit, row.metric, f'{median:.2f}', f'{low:.2f} .. {high:.2f}', goal, verdict))
         records.append({'case': name, **row._asdict(), 'precision': outcome.precision, 'unit': case.unit,
                         'ours': outcome.ours, 'against': outcome.baseline, 'error': outcome.error, 'ratio': median,
@@ -114,6 +114,11 @@ def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
         print(f'{"":<16} skipped: {line}')
     sys.stdout.flush()
     return records
+
+
+def figures(value: float) -> str:
+    """Three at least."""
+    return f'{value:.0f}' if value >= 100 else f'{value:.3g}'
 
 
 def device_name(settings: Settings) -> str:

@@ -17,15 +17,15 @@ from .harness import Case, Row, Settings, Variant
 from .mgd_step import arguments, ingredients, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = {'teacher': 'resnet50', 'student': 'mobilenet_v1', 'size': 112, 'batch': 16}
 STEPS = 8
 
 
 def scaling(settings: Settings, ranks=(1, 2), steps=STEPS, **sizes) -> Case:
     """Wall-clock time, so that the machine has to be quiet; a rank per core or GPU. Norms see their rank's share."""
     there = torch.cuda.device_count() if settings.device.type == 'cuda' else os.cpu_count() // settings.threads
+    sizes = {'teacher': 'resnet50', 'student': 'mobilenet_v1', 'size': 112, 'batch': settings.batch(16, 256)} | sizes
     enough = [n for n in ranks if n <= there]
-    variants = {named(n): Variant(on_ranks(n, settings, steps, SIZES | sizes)) for n in enough}
+    variants = {named(n): Variant(on_ranks(n, settings, steps, sizes)) for n in enough}
     rows = [Row(named(n), named(1), None, tolerance=0.1) for n in enough[1:]]
     skipped = tuple(f'{named(n)}: {there} fit on this machine' for n in ranks if n > there)
     return Case(variants, rows, measures=True, limit=lambda: 'as many times as there are ranks', skipped=skipped)
