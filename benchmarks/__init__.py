@@ -8,6 +8,7 @@ from .methods import methods
 from .mgd_flow import flow_assignment, flow_tracking
 from .mgd_step import mgd_overhead, mgd_step
 from .scaling import scaling
+from .throughput import throughput
 
 CASES = {
     'mgd-step': mgd_step,
@@ -21,4 +22,5 @@ CASES = {
     'cifar-kd': cifar_kd,
     'cifar-data': cifar_data,
     'loader': loader,
+    'throughput': throughput,
 }

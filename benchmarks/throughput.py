@@ -1,0 +1,81 @@
+"""Images per second of main_distill.py under MGD, fed from a prepared folder, and how long of that it waits for data.
+
+The rate is that of the loop over the second epoch, whose kernels are chosen and whose workers run; the update of the
+flow and the evaluation are not in it. The first batch is: one worker makes it alone, so an epoch has to be long. Files
+are few, under many names, and in the system's cache: no disk is measured. While the loop waits, a GPU may still be at
+work on what it was given before, so the share is a bound of what waiting costs.
+
+On a CPU, networks and workers share the cores. The sizes there only show that it runs, and nothing is judged.
+"""
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import torch
+
+from models import create_model
+from utils.setup import has_bf16
+
+from .harness import Case, Row, Settings, Variant
+from .loader import ROOT, prepare, write_folder
+from .mgd_step import settle
+
+CUDA = {'teacher': 'resnet50', 'students': ('mobilenet_v1', 'mobilenet_v2_mgd', 'shufflenet_v2', 'resnet18'),
+        'size': 224, 'batch': 256, 'images': 128, 'names': 600}
+CPU = {'teacher': 'resnet50', 'students': ('mobilenet_v1',), 'size': 64, 'batch': 8, 'images': 16, 'names': 4}
+
+
+def throughput(settings: Settings, **sizes) -> Case:
+    """The first student also trains from raw pixels, which a GPU holds itself: that is without waiting."""
+    on_cuda = settings.device.type == 'cuda'
+    of, kept, facts = SimpleNamespace(**(CUDA if on_cuda else CPU) | sizes), TemporaryDirectory(), {}
+    root = Path(kept.name)
+    write_folder(root / 'images', of.images, of.images, width=500, height=375)
+    folders = {form: prepare(root / 'images', form) for form in ('jpeg', 'raw')}
+    multiply(folders['jpeg'], of.names)
+    multiply(folders['raw'], of.names // 4)  # they take a GPU's memory
+    torch.save(settled(of.teacher, of.size).state_dict(), root / 'teacher.pth')
+    runs = {student: (student, 'jpeg') for student in of.students} | {f'{of.students[0]} raw': (of.students[0], 'raw')}
+
+    @cache
+    def update(name: str) -> dict:
+        """Seconds of one, and of those the time without data."""
+        (student, form), output = runs[name], Path(kept.name) / name
+        command = [sys.executable, ROOT / 'main_distill.py', folders[form], '--arch', student, '--teacher-arch',
+                   of.teacher, '--teacher-resume', root / 'teacher.pth', '--distiller', 'mgd', '--fast',
+                   '--image-size', of.size, '--batch-size', of.batch, '--num-classes', 1000, '--epochs', 2,
+                   '--lr', 1e-3, '--workers', os.cpu_count(), '--pair-images', of.batch, '--skip-first-evaluation',
+                   '--no-tensorboard', '--seed', 0, '--output', output, *['--no-accel'] * (not on_cuda)]
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL,
+                       env=os.environ | {'OMP_NUM_THREADS': str(settings.threads)})
+        time = json.loads((output / 'log.jsonl').read_text().splitlines()[-1])['train']['time']
+        facts[f'{name}, wait'] = {'images/s': round(of.batch / time['seconds'])}
+        return time
+
+    kind = 'bf16' if has_bf16(settings.device) else 'fp32'
+    variants = {}
+    for name in runs:
+        variants[name] = Variant(lambda name=name: (1e3 * update(name)['seconds'], {}), kind)
+        variants[f'{name}, wait'] = Variant(lambda name=name: (1e3 * update(name)['wait'], {}), kind)
+    rows = [Row(f'{name}, wait', name, 0.05 if on_cuda else None, 'share', tolerance=float('inf')) for name in runs]
+    return Case(variants, rows, measures=True, facts=facts)
+
+
+def multiply(folder: Path, names: int):
+    """Give each file of the training images further names, which takes no room."""
+    for path in [path for path in (folder / 'train').rglob('*') if path.is_file()]:
+        for number in range(1, names):
+            path.with_name(f'{number}-{path.name}').hardlink_to(path)
+
+
+def settled(arch: str, size: int) -> torch.nn.Module:
+    """With weights that are drawn, and features of a usual size all the same."""
+    torch.manual_seed(0)
+    network = create_model(arch)
+    settle(network, torch.randn(8, 3, size, size))
+    return network
