@@ -30,7 +30,7 @@ def forward_backward(network, features, x):
 
 
 def mv2_features(settings: Settings, size=224) -> Case:
-    variants, batch = {}, settings.batch(8, 128)
+    variants, batch = {}, settings.batch(8, 64)
     for name, features in (('one pass', single_pass), ('restarts', restarted_features)):
         network, x = network_and_images(settings, size, batch)
         variants[name] = Variant(forward_backward(network, features, x))

@@ -8,12 +8,14 @@ import random
 import resource
 import time
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils.setup import full_float32, has_bf16
 
@@ -169,6 +171,13 @@ def matmul_rate(precision: str, device: torch.device) -> float:
 def matmul_size(device: torch.device) -> int:
     """Large enough to keep all of a GPU at work."""
     return 8192 if device.type == 'cuda' else 1024
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's, but for the gradient of a convolution's weight: it takes no notice of groups there."""
+    def backward(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, **_):
+        return 2 * prod(x if transposed else grad) * prod(weight[1:]) * sum(wanted[:2])
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward})
 
 
 def copy_rate(device: torch.device) -> float:

@@ -2,7 +2,6 @@
 from types import SimpleNamespace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from distillers import Distillation
 from distillers.lean import LeanTeacher
@@ -13,7 +12,7 @@ from utils.optim import make_optimizer
 from utils.setup import compiled, place, precision
 
 from . import peers
-from .harness import Case, Row, Settings, Variant, available, matmul_rate, matmul_size
+from .harness import Case, Row, Settings, Variant, available, flop_counter, matmul_rate, matmul_size
 from .plain import plain_step
 
 
@@ -112,7 +111,7 @@ def mgd_step(settings: Settings, **sizes) -> Case:
 
 def arithmetic(run, device) -> str:
     """What a step has to multiply, and how fast a large product is: most of its own are small, or convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         run()
     work, n = counter.get_total_flops(), matmul_size(device)
     rates = (f'{matmul_rate(precision, device) / 1e6:.0f} GFLOP/s in {precision}'

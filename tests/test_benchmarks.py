@@ -2,15 +2,23 @@
 import itertools
 import json
 import math
+import os
+import re
+import runpy
+import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT
 
-from benchmarks import CASES
+from benchmarks import CASES, breakdown
+from benchmarks.breakdown import Counter
 from benchmarks.cifar_data import cifar_data
 from benchmarks.cifar_kd import cifar_kd
-from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, measure
+from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, flop_counter, measure, timed
+from benchmarks.loader import decoding, write_folder
 from benchmarks.memory import held, peak
 from benchmarks.methods import methods
 from benchmarks.mgd_flow import flow_assignment, flow_tracking
@@ -18,7 +26,9 @@ from benchmarks.mgd_step import mgd_step
 from benchmarks.peers import MDISTILLER, TORCHDISTILL, imported
 from benchmarks.run import main
 from benchmarks.table import markdown
+from benchmarks.throughput import throughput
 from distillers import DISTILLERS, Distiller
+from models import create_model
 
 CPU = Settings()
 
@@ -158,3 +168,109 @@ def test_methods_are_measured_and_described(tmp_path, capsys, monkeypatch):
     }
     kd = markdown([rows['kd']]).splitlines()[-1].split(' | ')
     assert kd[0] == '| `kd`' and kd[1].startswith('Distilling the Knowledge') and kd[2:5] == ['logits', '0', '1.00']
+
+
+def test_a_host_s_clock_times_one_step_whatever_the_device():
+    runs, ticks = [], itertools.count(step=0.5)
+    spent, result = timed(lambda: runs.append(1) or 'done', torch.device('cuda'), 200, lambda: next(ticks))
+    assert (spent, result, len(runs)) == (500, 'done', 1)
+
+
+def test_results_are_compared_in_full_float32():
+    rounded = []
+    measure(case(Row('a', 'b', None), a=spend(1), b=Variant(lambda: rounded.append(
+        torch.backends.cudnn.allow_tf32) or {'result': 1.0})), CPU, rounds=2)
+    assert rounded == [False, True, True]
+
+
+@pytest.mark.parametrize('groups, first', [(1, False), (4, False), (1, True)])
+def test_flops_of_a_convolution_and_its_gradients(groups, first):
+    convolution, x = torch.nn.Conv2d(4, 8, 3, stride=2, groups=groups), torch.randn(2, 4, 9, 9, requires_grad=not first)
+    with flop_counter() as counter:
+        convolution(x).sum().backward()
+    assert counter.get_total_flops() == (2 if first else 3) * 2 * (2 * 8 * 4 * 4) * (4 // groups * 9)
+
+
+@pytest.mark.parametrize('run, moved', [
+    (lambda x: x.relu(), 2), (lambda x: x.view(-1).detach(), 0), (lambda x: torch.empty_like(x), 0),
+    (lambda x: x.add_(x[:1].expand_as(x)), 2.1), (lambda x: x.index_select(0, torch.tensor([1])), 0.2)],
+    ids=['in and out', 'view', 'unwritten', 'expanded, in place', 'picked'])
+def test_bytes_of_an_op(run, moved):
+    x = torch.ones(10, 1000)
+    with Counter() as counter:
+        run(x)
+    assert counter.bytes == pytest.approx(moved * x.nbytes, abs=16)
+
+
+def test_a_step_is_taken_apart(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('benchmarks.harness.time.process_time', itertools.count().__next__)
+    networks = ['--teacher', 'resnet18', '--student', 'shufflenet_v2_x0_5']
+    breakdown.main([*networks, '--size', '32', '--batch', '2', '--output', str(tmp_path)])
+    record = json.loads((tmp_path / 'breakdown.json').read_text())
+    parts = {row['part']: row for row in record['parts']}
+    assert list(parts) == ['teacher, forward', 'losses, forward', 'student, forward', 'losses, backward',
+                           'student, backward', 'optimizer']
+    assert sum(row['share'] for row in parts.values()) == pytest.approx(1) and all(r['ms'] > 0 for r in parts.values())
+    student = create_model('shufflenet_v2_x0_5')
+    with flop_counter() as counter:
+        student(torch.randn(2, 3, 32, 32))
+    forward = counter.get_total_flops() / 1e9
+    stem = 2 * (2 * 24 * 16 * 16) * 27 / 1e9  # whose input has no gradient
+    assert parts['student, forward']['GFLOP'] == pytest.approx(forward)
+    assert parts['student, backward']['GFLOP'] == pytest.approx(2 * forward - stem)
+    assert [parts[part]['GFLOP'] for part in ('losses, forward', 'losses, backward', 'optimizer')] == [0, 0, 0]
+    trained = sum(p.numel() for p in student.parameters()) + 2 * sum(student.feature_channels)
+    assert parts['optimizer']['MB'] == pytest.approx(5 * 4 * trained / 1e6, rel=0.01)  # three are read, two written
+    assert len(record['kernels']) == 10 and 'student, backward' in capsys.readouterr().out
+
+
+def test_the_real_script_is_fed_and_its_log_read(monkeypatch, tmp_path):
+    def in_this_process(command, **_):
+        monkeypatch.setattr(sys, 'argv', [*map(str, command[1:])])
+        runpy.run_path(str(command[1]), run_name='__main__')
+    monkeypatch.setattr('subprocess.run', in_this_process)
+    monkeypatch.setattr('os.cpu_count', lambda: 1)
+    small = throughput(CPU, teacher='resnet18', students=('shufflenet_v2_x0_5',), size=32, batch=4, images=4, names=3)
+    for outcome in measure(small, CPU, rounds=1):
+        assert outcome.reached and 0 <= outcome.ratios[0] < 1
+        seconds = outcome.baseline[0] / 1e3
+        assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
+    assert small.facts.keys() == {'shufflenet_v2_x0_5, wait', 'shufflenet_v2_x0_5 raw, wait'}
+
+
+def test_decoders_read_the_same_jpegs(tmp_path, monkeypatch):
+    write_folder(tmp_path, images=5, different=5, width=40, height=30)
+    variants, rows, skipped = decoding(tmp_path, CPU.device, batch=2)
+    outcomes = measure(Case(variants, rows), CPU, rounds=1)
+    assert len(outcomes) == 2 and all(o.ours[0] > 0 < o.baseline[0] for o in outcomes) and not skipped
+    without = Mock(side_effect=RuntimeError('not compiled with nvJPEG\nat'))
+    monkeypatch.setitem(decoding.__globals__, 'decode_jpeg', without)
+    assert decoding(tmp_path, CPU.device, batch=2) == ({}, [], ('nvJPEG: not compiled with nvJPEG',))
+
+
+def test_facts_are_told_beside_the_verdict(tmp_path, capsys):
+    judged = case(Row('a', 'b', 1.5), a=spend(1), b=spend(2))._replace(facts={'a': {'images/s': 7}})
+    assert main({'some': lambda settings: judged}, ['--rounds', '1', '--output', str(tmp_path)]) == 0
+    assert 'ok, images/s: 7' in capsys.readouterr().out
+
+
+def test_what_fails_on_a_gpu_does_not_keep_the_rest_from_being_run(tmp_path):
+    python = tmp_path / 'python'
+    python.write_text("""#!/bin/bash
+        echo "$@"
+        case "$*" in *mgd-step*|*test_cuda*) exit 1 ;; *cifar-data*) exit 3 ;; esac
+        while [[ ${1-} && $1 != --output ]]; do shift; done
+        [[ ${2-} ]] && mkdir -p "$2" && echo '{}' > "$2/bench.json"
+    """)
+    python.chmod(0o755)
+    script = subprocess.run([ROOT / 'benchmarks' / 'gpu.sh', 'out'], cwd=tmp_path, env=os.environ | {'BIN': tmp_path},
+                            capture_output=True, text=True)
+    assert not script.returncode and not script.stderr, script.stderr
+    codes = dict(re.findall(r'^(\S+): exit code (\d+)', script.stdout, re.MULTILINE))
+    failed = {'test_cuda': '1', 'mgd-step': '1', 'cifar-data': '3'}
+    assert list(codes)[-1] == 'methods' and codes == dict.fromkeys(codes, '0') | failed
+    out = tmp_path / 'out'
+    assert {path.stem for path in out.glob('*.log')} == {*codes, 'nvidia-smi'}
+    assert {path.stem for path in out.glob('*.json')} == codes.keys() - failed
+    cases = {name for name in codes if f'run.py {name} --device cuda' in (out / f'{name}.log').read_text()}
+    assert cases <= CASES.keys() and {'throughput', 'loader', 'memory'} < cases

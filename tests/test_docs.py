@@ -89,8 +89,8 @@ class Reader:
             extras = re.search(r'\[(.*)\]', words[-1])
             assert all(re.search(rf'^{extra} = \[', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
                        for extra in extras.group(1).split(','))
-        else:  # tests/test_recipes.py and test_cifar_tables.py start these
-            assert program.startswith('scripts/') and os.access(ROOT / program, os.X_OK), program
+        else:  # tests/test_recipes.py, test_cifar_tables.py and test_benchmarks.py start these
+            assert program.startswith(('scripts/', 'benchmarks/')) and os.access(ROOT / program, os.X_OK), program
 
     def python(self, name, words):
         words = [str(self.images) if word in FOLDERS and not Path(word).exists() else
@@ -124,7 +124,10 @@ class Reader:
             words = [*self.networks(words), '--image-size', '32', '-j', '0']
         if name == 'scripts/summarize.py':  # there are no finished runs to collect: tests/test_cifar_tables.py has some
             words = []
-        if name == 'benchmarks/run.py':  # tests/test_benchmarks.py runs the cases
+        if name == '-m':
+            name = words.pop(0).replace('.', '/') + '.py'
+        if name.startswith('benchmarks/'):  # tests/test_benchmarks.py runs what they do
+            assert (ROOT / name).exists(), name
             return
         self.monkeypatch.syspath_prepend(str(ROOT / 'scripts'))
         self.call(name, words)

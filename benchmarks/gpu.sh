@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What there is to learn on a GPU, the most valuable first, in nine minutes at most:
+#
+#     benchmarks/gpu.sh OUT                  BIN=.venv/bin if that is not the PATH's python
+#     PEERS=~/checkouts benchmarks/gpu.sh OUT    also against other projects, as in run.py
+#
+# Each part has a time limit and leaves OUT/NAME.log, and what it found in OUT/NAME.json. What fails, or misses a goal, or
+# takes too long keeps nothing that comes after it from being run; what the nine minutes have no room for is named.
+set -uo pipefail
+
+[[ ${1-} ]] || { echo 'usage: benchmarks/gpu.sh OUT' >&2; exit 2; }
+mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit
+python=${BIN:+$BIN/}python work=$(mktemp -d) total=540
+trap 'rm -rf "$work"' EXIT
+
+part() {  # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 left=$((total - SECONDS)) begun=$SECONDS
+    shift 2
+    ((left > 15)) || { echo "$name: no time left"; return; }  # not enough to import and build anything
+    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1
+    echo "$name: exit code $?, $((SECONDS - begun)) s"  # 124: it took too long
+    cp "$work/$name"/*.json "$out/$name.json" 2> /dev/null
+}
+
+bench() {  # CASE SECONDS
+    part "$1" "$2" "$python" benchmarks/run.py "$1" --device cuda --rounds 5 ${PEERS:+--peers "$PEERS"} \
+        --output "$work/$1"
+}
+
+profile() {  # NAME SECONDS FLAGS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" -m benchmarks.breakdown --device cuda --batch 256 --output "$work/$name" "$@"
+}
+
+nvidia-smi > "$out/nvidia-smi.log" 2>&1
+# Whether it is right comes before how fast it is. One process: several would share the memory.
+part test_cuda 120 "$python" -m pytest -o addopts= -ra -q tests/test_cuda.py
+bench mgd-step 90
+profile profile-bf16 60 --amp bf16
+bench throughput 170  # five runs of the script
+bench mgd-overhead 60
+bench memory 60
+bench cifar-kd 45
+profile profile-bf16-compiled 120 --amp bf16 --compile  # most of it is compiling
+profile profile-fp32 60
+bench mv2-features 45
+bench flow-tracking 45
+bench loader 75
+bench cifar-data 60
+bench methods 120
+echo "$SECONDS s, all in $out"
