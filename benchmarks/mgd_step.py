@@ -64,7 +64,7 @@ def our_task(settings: Settings, sizes: dict, channels_last=False, amp='off', fo
 def arguments(channels_last=False, amp='off', fold=False, compile=False) -> SimpleNamespace:
     return SimpleNamespace(channels_last=channels_last, compile=compile and 'default', amp=amp, fold_teacher=fold,
                            teacher_amp=None, fast=False, no_bias_decay=False, optimizer='sgd', lr=1e-4, momentum=0.9,
-                           nesterov=False, weight_decay=1e-4)
+                           nesterov=False, weight_decay=1e-4, gpu=0)
 
 
 def training_step(task: Distillation, batch: Batch, args, prepare=lambda batch: batch):

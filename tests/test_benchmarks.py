@@ -22,13 +22,14 @@ from benchmarks.loader import decoding, write_folder
 from benchmarks.memory import held, peak
 from benchmarks.methods import methods
 from benchmarks.mgd_flow import flow_assignment, flow_tracking
-from benchmarks.mgd_step import mgd_step
+from benchmarks.mgd_step import arguments, mgd_step
 from benchmarks.peers import MDISTILLER, TORCHDISTILL, imported
 from benchmarks.run import main
 from benchmarks.table import markdown
 from benchmarks.throughput import throughput
 from distillers import DISTILLERS, Distiller
 from models import create_model
+from utils import distributed
 
 CPU = Settings()
 
@@ -174,6 +175,10 @@ def test_a_host_s_clock_times_one_step_whatever_the_device():
     runs, ticks = [], itertools.count(step=0.5)
     spent, result = timed(lambda: runs.append(1) or 'done', torch.device('cuda'), 200, lambda: next(ticks))
     assert (spent, result, len(runs)) == (500, 'done', 1)
+
+
+def test_a_step_on_a_gpu_is_on_one():
+    assert distributed.replicated('network', torch.device('cuda'), arguments()) == 'network'
 
 
 def test_results_are_compared_in_full_float32():
