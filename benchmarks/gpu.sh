@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # What there is to learn on a GPU, the most valuable first, in nine minutes at most:
 #
-#     benchmarks/gpu.sh OUT                  BIN=.venv/bin if that is not the PATH's python
+#     benchmarks/gpu.sh OUT
+#     BIN=.venv/bin benchmarks/gpu.sh OUT        where another python than the PATH's has torch
 #     PEERS=~/checkouts benchmarks/gpu.sh OUT    also against other projects, as in run.py
 #
-# Each part has a time limit and leaves OUT/NAME.log, and what it found in OUT/NAME.json. What fails, or misses a goal, or
+# Each part has a time limit and leaves OUT/NAME.log, and what it found in OUT/NAME.json. What fails, misses a goal or
 # takes too long keeps nothing that comes after it from being run; what the nine minutes have no room for is named.
 set -uo pipefail
 
 [[ ${1-} ]] || { echo 'usage: benchmarks/gpu.sh OUT' >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit
-python=${BIN:+$BIN/}python work=$(mktemp -d) total=540
+python=${BIN:+$BIN/}python3 work=$(mktemp -d) total=540
 trap 'rm -rf "$work"' EXIT
 
 part() {  # NAME SECONDS COMMAND...

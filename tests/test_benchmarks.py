@@ -260,7 +260,7 @@ def test_facts_are_told_beside_the_verdict(tmp_path, capsys):
 
 
 def test_what_fails_on_a_gpu_does_not_keep_the_rest_from_being_run(tmp_path):
-    python = tmp_path / 'python'
+    python = tmp_path / 'python3'
     python.write_text("""#!/bin/bash
         echo "$@"
         case "$*" in *mgd-step*|*test_cuda*) exit 1 ;; *cifar-data*) exit 3 ;; esac
