@@ -82,7 +82,7 @@ def test_a_method_is_the_same(name):
     assert_alike(gradients(name, CPU), gradients(name, GPU), 1e-3)
 
 
-@pytest.mark.parametrize('name', sorted({*DISTILLERS} - {'kdsvd'}))  # singular values are no work for a graph
+@pytest.mark.parametrize('name', ['kd', 'crd', 'reviewkd', 'mgd'])  # it takes some seconds each
 def test_a_method_is_the_same_as_a_cuda_graph(name):
     torch._dynamo.reset()
     assert_alike(gradients(name, GPU), gradients(name, GPU, 'reduce-overhead'), 1e-3)
@@ -159,7 +159,8 @@ def test_the_lean_teacher(amp):
     with torch.no_grad():
         teacher.train()(torch.randn(64, 3, 32, 32, device=GPU))
     task = Distillation(student, teacher, {'mgd': DISTILLERS['mgd'](student, teacher)})
-    args = SimpleNamespace(fold_teacher=True, fast=False, teacher_amp=amp, amp=amp, channels_last=True, compile=False)
+    args = SimpleNamespace(fold_teacher=True, fast=False, teacher_amp=amp, amp=amp, channels_last=True, compile=False,
+                           gpu=0)
     batch = zoo.make_batch(size=32)
     batch = batch._replace(images=batch.images.to(GPU))
     lean, exact = LeanTeacher(task, teacher, GPU, args)(batch), teacher(batch.images, features=True)
