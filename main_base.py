@@ -10,6 +10,7 @@ from utils import checkpoint, distributed, setup
 from utils.args import base_parser, check
 from utils.data import Prepare, load_data
 from utils.engine import Supervised, evaluate, train_one_epoch
+from utils.learner import Learner
 from utils.optim import make_ema, make_optimizer, total_epochs
 from utils.randomness import seed_everything
 from utils.run import Run
@@ -59,8 +60,9 @@ def worker(args, device):
     run.begin(student, train, valid)
 
     # epochs
+    learner = Learner(task, optimizer, scaler, device, args)
     while run.progress['epoch'] < total_epochs(args):
-        train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
+        train_one_epoch(learner, train, prepare_mixed, ema, run, device, args)
         shipped = distributed.replicated(run.shipped(), device, args)
         run.end_epoch(evaluate({'student': shipped}, valid, prepare, device, args))
     run.finish()

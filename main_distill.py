@@ -26,6 +26,7 @@ from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
 from utils.engine import evaluate, train_one_epoch
+from utils.learner import Learner
 from utils.optim import make_ema, make_optimizer, total_epochs
 from utils.randomness import seed_everything
 from utils.run import Run
@@ -162,11 +163,12 @@ def worker(args, device):
         run.interrupt()
 
     # epochs
+    learner = Learner(task, optimizer, scaler, device, args)
     while run.progress['epoch'] < total_epochs(args):
         def look(epoch=run.progress['epoch']):
             return map(prepare, train.sample(epoch, args.pair_images))
         run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
-        train_one_epoch(task, train, prepare_mixed, optimizer, scaler, ema, run, device, args)
+        train_one_epoch(learner, train, prepare_mixed, ema, run, device, args)
         if cache:
             cache.save()
         networks = both if distillation.trains_teacher else {}

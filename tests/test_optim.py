@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from zoo import make_batch
 
 from utils.args import base_parser, check
 from utils.guard import Guard
@@ -130,14 +131,14 @@ def test_clipping():
 
 
 def test_the_first_trouble_is_reported():
-    meter, index = Meter({}), torch.arange(2)
+    meter, batch, names = Meter({}), make_batch(2), ['top1', 'top5', 'loss', 'loss/ce', 'loss/kd']
     for update, (ce, kd, norm) in enumerate([(1., 1., 1.), (1., float('nan'), float('nan')), (float('inf'), 1., 1.)]):
-        losses = {'ce': torch.tensor(ce), 'kd': torch.tensor(kd)}
-        meter.add(index + 10 * update, torch.tensor([0, 1]), 1.0, torch.eye(2), losses)
+        values = torch.tensor([1, 2, ce + kd, ce, kd])
+        meter.add(batch._replace(index=batch.index + 10 * update), names, values)
         meter.add_norm(torch.tensor(norm))
     trouble = meter.read(watch_norms=True)
     assert trouble == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 1, 'samples': [10, 11]}
-    assert meter.sums['n'] == 6 and meter.sums['top1'] == 6 and meter.sums['loss/ce'] == float('inf')
+    assert meter.sums['n'] == 6 and meter.sums['top1'] == 3 and meter.sums['loss/ce'] == float('inf')
 
 
 def test_average_of_the_weights():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, in_process
+from zoo import make_batch
 
 sys.path.insert(0, str(ROOT / 'scripts'))
 
@@ -260,7 +261,7 @@ def test_looking_changes_no_bit(distill, tmp_path, monkeypatch):
 def test_sums_of_what_was_looked_at_survive_a_resume():
     before = {'n': 4.0, 'loss': 2.0, 'balance/n': 1.0, 'balance/labels': 3.0, 'time/n': 2.0, 'time/seconds': 5.0}
     meter = Meter(before)
-    meter.add(torch.arange(4), torch.zeros(4, dtype=torch.long), 1.0, torch.eye(4), {'ce': torch.ones(())})
+    meter.add(make_batch(4), ['top1', 'top5', 'loss', 'loss/ce'], torch.ones(4))
     meter.add_norm(torch.ones(()))
     meter.read(watch_norms=True)
     meter.clock(1.0, 0.5)

@@ -152,6 +152,9 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--compile', nargs='?', const='default', default=False, type=compile_mode, metavar='MODE',
                    help='torch.compile networks and losses: default, reduce-overhead (on GPUs as CUDA graphs, which '
                         'pays for small ones) or max-autotune')
+    g.add_argument('--cuda-graph', **on,
+                   help='ask the GPU for a whole update at once: for small networks, whose kernels take less time than '
+                        'launching them')
     g.add_argument('--deterministic', **on, help='only algorithms that give the same bits every time')
 
     g = parser.add_argument_group('run')
@@ -200,6 +203,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--optimizer dot keeps two gradients apart, which --amp fp16 and --clip-grad do not: leave them')
     if args.optimizer == 'dot' and args.compile not in (False, 'default'):
         parser.error(f'--optimizer dot goes back through a graph twice, --compile {args.compile} (CUDA graphs) once')
+    if args.cuda_graph:
+        check_graph(parser, args)
     if args.inspect and args.evaluate:
         parser.error('--inspect looks at a training run, --evaluate scores: choose one')
     if args.overwrite and args.resume != 'auto':
@@ -217,6 +222,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error(f'--data-backend device crops and flips, CIFAR images at 32 pixels, no more than that: {beyond}')
     args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
     return args
+
+
+def check_graph(parser, args):
+    others = {f'--optimizer {args.optimizer}': args.optimizer != 'sgd', f'--accum-steps {args.accum_steps}':
+              args.accum_steps > 1, '--amp fp16': args.amp == 'fp16', '--no-accel': args.no_accel,
+              f'--compile {args.compile}': args.compile not in (False, 'default'), '--world-size': args.world_size > 1,
+              '--multiprocessing-distributed': args.multiprocessing_distributed, 'torchrun': 'RANK' in os.environ}
+    if other := next((name for name, given in others.items() if given), None):
+        parser.error(f'--cuda-graph records the one batch of an update of SGD on one GPU, not together with {other}')
 
 
 def check_seeds(parser, args):

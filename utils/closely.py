@@ -29,12 +29,14 @@ class Closely:
     def __init__(self, student, updates: int, device: torch.device, args):
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.every, self.device = min(max(updates // LOOKS, APART), updates), device
+        self.on = False  # for the update under way
         self.one_backward = args.compile or args.amp == 'fp16'  # graphs are used up by it; gradients are scaled
 
     def begin(self, update: int):
         """The update with this number, counted from 1, begins."""
         global _looking
-        _looking = self if update % self.every == self.every // 2 else None
+        self.on = update % self.every == self.every // 2
+        _looking = self if self.on else None
         self.spent, self.by_labels = {}, None
 
     def now(self) -> float:
@@ -46,7 +48,7 @@ class Closely:
     def at_losses(self, losses: dict, weight: float):
         """Before a backward pass: keep the gradient of the labels' part. The graph stays."""
         labels = [loss for name, loss in losses.items() if name.startswith('ce')]
-        if _looking and len(labels) < len(losses) and not self.one_backward:
+        if self.on and len(labels) < len(losses) and not self.one_backward:
             grads = torch.autograd.grad(weight * sum(labels), self.parameters, retain_graph=True, allow_unused=True)
             flat = self.flat(grads)
             self.by_labels = flat if self.by_labels is None else self.by_labels + flat
@@ -54,7 +56,7 @@ class Closely:
     def end(self, meter):
         """After the last backward pass, before anything is clipped: tell the meter."""
         global _looking
-        if _looking is None:
+        if not self.on:
             return
         _looking = None
         losses = self.spent.pop('forward') - self.spent.get('teacher', 0.0) - self.spent.get('student', 0.0)

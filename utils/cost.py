@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from .engine import train_one_epoch
+from .learner import Learner
 from .meters import percentages
 from .optim import total_epochs
 from .order import TrainOrder
@@ -57,7 +58,7 @@ def step(batch, task, images, prepare, optimizer, scaler, ema, run, device, args
     again = Again(batch, images, device)
     run.progress |= {'epoch': min(run.progress['epoch'], total_epochs(args) - 1), 'sample': 0, 'sums': {}}
     with redirect_stdout(io.StringIO()):
-        train_one_epoch(task, again, prepare, optimizer, scaler, ema, run, device, args)
+        train_one_epoch(Learner(task, optimizer, scaler, device, args), again, prepare, ema, run, device, args)
     parts = percentages(run.progress['sums'])['update']
     whole = median(b - a for a, b in pairwise([*again.times[2:], now(device)]))  # behind the one looked at closely
     return parts | {'rest': max(whole - sum(parts.values()), 0.0), 'step': whole}

@@ -7,8 +7,7 @@ from torch import nn
 
 from . import distributed, signals, together
 from .closely import Closely, timed
-from .dot import DOT
-from .guard import Guard
+from .learner import Learner
 from .meters import Display, Meter, hits
 from .optim import learning_rate, set_learning_rate, total_epochs
 from .randomness import seed_everything
@@ -30,12 +29,11 @@ class Supervised(nn.Module):
         return logits, {'ce': F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)}
 
 
-def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, args):
+def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
     """From where the run stands to the end of its epoch. Leaves the sums of the epoch in run.progress['sums']."""
-    task.train()
+    learner.task.train()
     progress, epoch, order = run.progress, run.progress['epoch'], data.order
-    guard, meter = Guard(device), Meter(progress['sums'])
-    size = order.batch * order.accum
+    meter, size = Meter(progress['sums']), order.batch * order.accum
     display = Display(f'Epoch {epoch}', -(-order.length // size),
                       (total_epochs(args) - epoch) * order.length - progress['sample'])
     look = Closely(run.parts['model'], display.updates, device, args)
@@ -44,26 +42,23 @@ def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, ar
     for end, batches in data.updates(epoch, progress['sample']):
         display.waited += time.time() - arrived
         rate = learning_rate(epoch + progress['sample'] / order.length, args)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(learner.optimizer, rate)
         together.hand_over()
         begin_update(args)
         seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())
         look.begin(-(-end // size))
-        for number, batch in enumerate(batches, 1):
-            with distributed.accumulating(task, last=number == len(batches)):
-                ready = prepare(batch)
-                with precision(device, args.amp), timed('forward'):
-                    logits, losses = task(ready)
-                loss = guard.loss(batch.weight * sum(losses.values()))
-                if isinstance(optimizer, DOT):
-                    optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if k.startswith('ce') == labels)
-                                      for labels in (True, False)))
-                look.at_losses(losses, batch.weight)
-                with timed('backward'):
-                    scaler.scale(loss).backward()
-            meter.add(batch.index, ready.target, batch.weight, logits, losses)
-        look.end(meter)
-        meter.add_norm(guard.update(optimizer, scaler, args.clip_grad))
+        if learner.graph and end - progress['sample'] == size and not look.on:
+            batch, = batches
+            values, norm = learner.graph(prepare(batch))
+            meter.add(batch, learner.names, values)
+        else:
+            for number, batch in enumerate(batches, 1):
+                with distributed.accumulating(learner.task, last=number == len(batches)):
+                    values = learner.learn(prepare(batch), look)
+                meter.add(batch, learner.names, values)
+            look.end(meter)
+            norm = learner.step()
+        meter.add_norm(norm)
         if ema:
             ema.update_parameters(run.parts['model'])
         display.samples += end - progress['sample']
@@ -76,7 +71,7 @@ def train_one_epoch(task, data, prepare, optimizer, scaler, ema, run, device, ar
         update = -(-end // size)
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
-            trouble = meter.read(watch_norms=not scaler.is_enabled())
+            trouble = meter.read(watch_norms=not learner.scaler.is_enabled())
             meter.clock(time.time() - display.began, display.waited)  # now that the device has done them
             stop_if_broken(trouble, update, run, data)
             display.show(meter.sums, rate, update)

@@ -46,12 +46,11 @@ class Meter:
         self.sums = defaultdict(float)  # of this rank, since then
         self.rows, self.batches, self.norms, self.names, self.balances = [], [], [], [], []
 
-    def add(self, index, target, weight: float, logits, losses: dict):
-        """A batch: the numbers of its samples (on the host), and what came of it (on the device)."""
-        self.names = ['top1', 'top5', 'loss', *(f'loss/{name}' for name in losses)]
-        values = [*hits(logits.detach(), target), sum(losses.values()), *losses.values()]
-        self.rows.append(torch.stack([v.detach().float() for v in values]))
-        self.batches.append((len(self.norms), index, len(index) if weight else 0))
+    def add(self, batch, names: list[str], values: torch.Tensor):
+        """A batch, with the numbers of its samples on the host, and what came of it on the device."""
+        self.names = names
+        self.rows.append(values)
+        self.batches.append((len(self.norms), batch.index, len(batch.index) if batch.weight else 0))
 
     def add_norm(self, norm):
         """The gradient's norm closes an update."""

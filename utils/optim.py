@@ -49,7 +49,10 @@ def learning_rate(epoch: float, args) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float):
     for group in optimizer.param_groups:
-        group['lr'] = rate
+        if isinstance(group['lr'], torch.Tensor):  # a graph reads it (learner.py)
+            group['lr'].fill_(rate)
+        else:
+            group['lr'] = rate
 
 
 def make_ema(student: nn.Module, args):

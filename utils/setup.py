@@ -16,6 +16,8 @@ def configure(args, device: torch.device):
     if args.fast:
         args.channels_last, args.amp = True, 'bf16' if args.amp == 'off' and has_bf16(device) else args.amp
         distributed.say(f'fast: --channels-last --amp {args.amp}' + ' --fold-teacher' * hasattr(args, 'fold_teacher'))
+    if args.cuda_graph and (device.type != 'cuda' or (args.gpu is None and torch.cuda.device_count() > 1)):
+        distributed.stop('--cuda-graph needs a GPU, and only one: name it with --gpu')
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
         torch._dynamo.config.recompile_limit = 32

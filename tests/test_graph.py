@@ -1,0 +1,80 @@
+"""--cuda-graph: what is recorded, and when. What stands in for a graph here calls the recorded function again."""
+import pytest
+import torch
+from conftest import assert_same, signal_in_update
+
+from utils import graph, setup, signals
+
+TINY = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 27, '-b', 4, '--epochs', 3, '--lr', 0.02, '--seed', 3,
+        '-j', 0, '--no-tensorboard', '--skip-first-evaluation', '--arch', 'resnet8', '--teacher-arch', 'resnet8']
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """As if there were a GPU: a list that grows with every replay."""
+    made = []
+
+    def record(function):
+        results = []
+
+        def replay():
+            made.append(function)
+            results[:] = function()
+        return replay, results
+
+    def configure(args, device, genuine=setup.configure):
+        asked, args.cuda_graph = args.cuda_graph, False
+        genuine(args, device)
+        args.cuda_graph = asked
+    monkeypatch.setattr(graph, 'record', record)
+    monkeypatch.setattr(setup, 'configure', configure)
+    return made
+
+
+@pytest.mark.parametrize('flags', [
+    ['dkd', 'at', '--schedule', 'cosine'], ['kd', '--cache-teacher', 'lazy'],
+    ['crd', '--crd-negatives', 9, '--clip-grad', 1, '--cutmix', 1], ['mgd', '--ema', 0.9]], ids=lambda flags: flags[0])
+def test_a_run_is_the_same(distill, replays, tmp_path, flags):
+    eager, recorded = (distill(*TINY, '--distiller', *flags, *more, '--output', tmp_path / str(len(more)), quick=False)
+                       for more in ([], ['--cuda-graph']))
+    assert eager.code == recorded.code == 0, recorded.err
+    # Of six whole batches in each of three epochs: one is looked at closely, and the first three warm up.
+    assert len(replays) == 3 * 5 - graph.WARM_UP and len({*replays}) == 1
+    assert_same(eager.weights(), recorded.weights())
+    for ours, theirs in zip(recorded.log(), eager.log(), strict=True):
+        for key in ('loss', 'top1', 'losses'):
+            assert ours['train'][key] == theirs['train'][key]
+        assert ours['lr'] == theirs['lr'] and ours['valid'] == theirs['valid']
+
+
+def test_a_recorded_update_has_no_number_that_changes(distill, replays, monkeypatch, tmp_path):
+    """A graph would go on with the number that it was recorded with."""
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, 'step', lambda self: (rates.append(self.param_groups[0]['lr']), step(self)))
+    distill(*TINY, '--distiller', 'kd', '--schedule', 'cosine', '--cuda-graph', '--output', tmp_path, quick=False)
+    assert len({id(rate) for rate in rates}) == 1 and rates[0] < 0.001
+
+
+def test_an_interrupted_run_goes_on(distill, replays, tmp_path):
+    def run(output, *flags):
+        return distill(*TINY, '--distiller', 'kd', *flags, '--output', tmp_path / output, quick=False)
+    whole = run('whole')
+    with signal_in_update(9):
+        part = run('parts', '--cuda-graph')
+    rest = run('parts', '--cuda-graph')
+    assert (part.code, rest.code) == (signals.EXIT_INTERRUPTED, 0), rest.err
+    assert_same(whole.weights(), rest.weights())
+
+
+@pytest.mark.parametrize('flags', [['--accum-steps', 2], ['--optimizer', 'adamw'], ['--amp', 'fp16'], ['--no-accel'],
+                                   ['--compile', 'reduce-overhead'], ['--multiprocessing-distributed']])
+def test_what_does_not_go_with_it(distill, flags):
+    run = distill(*TINY, '--distiller', 'kd', '--cuda-graph', *flags, quick=False)
+    assert run.code == 2 and f'not together with {flags[0]}' in run.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+def test_it_needs_a_gpu(distill):
+    run = distill(*TINY, '--distiller', 'kd', '--cuda-graph', quick=False)
+    assert run.code == 1 and '--cuda-graph needs a GPU' in run.err

@@ -1,0 +1,46 @@
+"""What the device does in an update, from batches to new weights."""
+import torch
+from torch import Tensor, nn
+
+from .closely import Closely, timed
+from .dot import DOT
+from .graph import Recorded
+from .guard import Guard
+from .meters import hits
+from .setup import precision
+
+
+class Learner:
+    """`learn` from every batch of an update, then `step`; or `graph`, both at once from its only one, if asked for."""
+
+    def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, scaler, device: torch.device, args):
+        self.task, self.optimizer, self.scaler, self.device, self.args = task, optimizer, scaler, device, args
+        self.guard = Guard(device)
+        self.names = []  # of what learn() returns
+        self.graph = Recorded(self.whole) if args.cuda_graph else None
+        if self.graph:
+            for group in optimizer.param_groups:
+                group['lr'] = torch.tensor(group['lr'], device=device)  # a number would be recorded for ever
+
+    def learn(self, batch, look: Closely | None = None) -> Tensor:
+        """Add the gradient of a batch to those before; what the meter counts of it, on the device."""
+        with precision(self.device, self.args.amp), timed('forward'):
+            logits, losses = self.task(batch)
+        loss = self.guard.loss(batch.weight * sum(losses.values()))
+        if isinstance(self.optimizer, DOT):
+            self.optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if k.startswith('ce') == labels)
+                                   for labels in (True, False)))
+        if look:
+            look.at_losses(losses, batch.weight)
+        with timed('backward'):
+            self.scaler.scale(loss).backward()
+        self.names = ['top1', 'top5', 'loss', *(f'loss/{name}' for name in losses)]
+        values = [*hits(logits.detach(), batch.target), sum(losses.values()), *losses.values()]
+        return torch.stack([value.detach().float() for value in values])
+
+    def step(self) -> Tensor:
+        """New weights, if all is well; the norm of the gradient."""
+        return self.guard.update(self.optimizer, self.scaler, self.args.clip_grad)
+
+    def whole(self, batch) -> tuple[Tensor, Tensor]:
+        return self.learn(batch), self.step()
