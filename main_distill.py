@@ -4,7 +4,6 @@
 """
 import argparse
 import sys
-from functools import partial
 
 import torch
 
@@ -21,7 +20,7 @@ from distillers import (
 )
 from distillers.cache import TeacherCache
 from distillers.lean import LeanTeacher
-from main_base import build, build_teacher, load_evaluated, showing
+from distillers.networks import build_student, build_teacher
 from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
@@ -82,7 +81,7 @@ def main():
                          f'--distiller {" ".join(needy)}')
         if args.fold_teacher or args.teacher_amp:
             parser.error('--cache-teacher spares the teacher that --fold-teacher and --teacher-amp would make faster')
-    distributed.launch(partial(inspection.worker, build, build_teacher, showing) if args.inspect else worker, args)
+    distributed.launch(inspection.worker if args.inspect else worker, args)
 
 
 def worker(args, device):
@@ -109,9 +108,7 @@ def worker(args, device):
 
     # student and its weights
     seed_everything(run.seed, 'initial weights')
-    student = showing(build(args.arch, outputs, args.pretrained), args.arch, outputs, args.student_stages,
-                      args.image_size)
-    student = setup.place(student, device, args)
+    student = setup.place(build_student(args, outputs, args.pretrained, shows=True), device, args)
     if args.student_resume and not args.evaluate:
         checkpoint.load_weights(student, args.student_resume)
 
@@ -136,7 +133,7 @@ def worker(args, device):
     both = {'student': distributed.replicated(network, device, args),
             'teacher': distributed.replicated(teacher, device, args)}
     if args.evaluate:
-        load_evaluated(network, run, args)
+        run.load_evaluated(network)
         run.report(evaluate(both, valid, prepare, device, args))
         return
 

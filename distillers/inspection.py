@@ -38,6 +38,7 @@ from . import DISTILLERS
 from .base import Distillation, evaluating, first_line, flag, from_flags, hyper_parameters, probe, probe_image
 from .cache import TeacherCache
 from .lean import LeanTeacher
+from .networks import build_student, build_teacher
 
 WIDTH = 112  # of what is printed
 DECODED = 64  # images of each split
@@ -79,8 +80,8 @@ class Unwritten(Run):
                  if 'what' in content else 'error: stopped by a signal')
 
 
-def worker(build, build_teacher, showing, args, device):
-    """In place of those of the scripts; the first three are main_base.py's."""
+def worker(args, device):
+    """In place of those of the scripts."""
     setup.configure(args, device)
     found, methods = Findings(), getattr(args, 'distiller', [])
     ranks, nodes = distributed.planned(args)
@@ -123,17 +124,13 @@ def worker(build, build_teacher, showing, args, device):
     untrained = any(DISTILLERS[name].trains_teacher for name in methods)
     published = {'teacher': not (args.teacher_resume or args.dummy or untrained), 'student': args.pretrained}
     files = {'teacher': args.teacher_resume, 'student': args.student_resume}
+    build = {'student': build_student, 'teacher': build_teacher}
     networks, origins, columns = {}, {}, {}
     for name in ['student', 'teacher'] if methods else ['student']:
         seed_everything(run.seed, name)
         for pretrained in dict.fromkeys([published[name], False]):
             with found.listing(f'{name}: '):
-                if name == 'teacher':
-                    network = build_teacher(args, outputs, pretrained, shows=True)
-                else:
-                    network = build(args.arch, outputs, pretrained)
-                    if methods:
-                        network = showing(network, args.arch, outputs, args.student_stages, args.image_size)
+                network = build[name](args, outputs, pretrained, shows=bool(methods))
                 columns[name] = look_at_network(network, args.image_size)
                 networks[name] = setup.place(network, device, args)
                 origins[name] = 'published' if pretrained else None

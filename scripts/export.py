@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, Distillation, adapts
 from distillers.base import hyper_parameters
-from main_base import build
+from distillers.networks import build
 from models import NETWORKS, torchvision_names
 from utils import checkpoint, distributed, signals
 from utils.args import base_parser

@@ -14,7 +14,7 @@ from tsne import torch, tsne
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from main_base import build
+from distillers.networks import build
 from models import NETWORKS
 from utils import checkpoint, distributed, setup, signals
 from utils.args import base_parser, check, count

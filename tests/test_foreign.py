@@ -13,9 +13,9 @@ from conftest import assert_same
 from torch import nn
 from torchvision.transforms import functional as pixels
 
-import main_base
 from distillers import DISTILLERS, Distillation
 from distillers.lean import folded
+from distillers.networks import build_teacher
 from models import Foreign, Renormalised, create_model
 from utils import checkpoint
 from utils.data import Batch
@@ -430,8 +430,8 @@ def test_the_teacher_gets_its_own_images(capsys):
     torch.testing.assert_close(Renormalised(network, (mean, std), (mean_t, std_t), 32)(given),
                                pixels.normalize(pixels.resize(raw, [32, 32], antialias=True), mean_t, std_t))
 
-    assert type(main_base.build_teacher(settings(teacher_mean=mean, teacher_std=std), 3)) is Net
-    seen = main_base.build_teacher(settings(teacher_std=std_t, teacher_size=32), 5, shows=True)
+    assert type(build_teacher(settings(teacher_mean=mean, teacher_std=std), 3)) is Net
+    seen = build_teacher(settings(teacher_std=std_t, teacher_size=32), 5, shows=True)
     assert seen.size == 32 and f'mean {tuple(mean)}, std {tuple(std_t)} and 32 pixels' in capsys.readouterr().out
     assert seen.feature_channels == [6, 8] and seen.feature_norms[0].num_features == 6
     assert seen.classifier is seen.network.network.fc
@@ -439,7 +439,7 @@ def test_the_teacher_gets_its_own_images(capsys):
     other = torch.optim.swa_utils.AveragedModel(seen)
     nn.init.ones_(other.module.network.network.fc.bias)
     copy.deepcopy(seen).load_state_dict(other.module.state_dict(), strict=True)
-    again = torch.optim.swa_utils.AveragedModel(main_base.build_teacher(settings(teacher_size=32), 5))
+    again = torch.optim.swa_utils.AveragedModel(build_teacher(settings(teacher_size=32), 5))
     again.load_state_dict(other.state_dict())
     assert again.module.network.fc.bias.eq(1).all()
 
@@ -489,7 +489,7 @@ def test_timm():
     with torch.no_grad():
         torch.testing.assert_close(adapted.eval()(images(), features=True).maps, inside(images()))
 
-    vit = main_base.build_teacher(settings(teacher_arch='timm:vit_tiny_patch16_224', teacher_mean=(0.5, 0.5, 0.5),
+    vit = build_teacher(settings(teacher_arch='timm:vit_tiny_patch16_224', teacher_mean=(0.5, 0.5, 0.5),
                                            teacher_std=(0.5, 0.5, 0.5), teacher_size=224), CLASSES, shows=True)
     shown = vit(images(), features=True)
     assert shown.maps == [] and shown.pooled.shape == (2, 192)
@@ -504,7 +504,7 @@ def test_images_of_timm(monkeypatch, capsys):
     timm = SimpleNamespace(is_model=lambda name: True, create_model=create)
     monkeypatch.setitem(sys.modules, 'timm', timm)
     args = settings(teacher_arch='timm:x')
-    teacher = main_base.build_teacher(args, CLASSES, pretrained=True)
+    teacher = build_teacher(args, CLASSES, pretrained=True)
     assert teacher.size == 32 and 'mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5) and 32' in capsys.readouterr().out
-    assert type(main_base.build_teacher(args, CLASSES)) is Net  # somebody's weights
+    assert type(build_teacher(args, CLASSES)) is Net  # somebody's weights
     assert 'published for images of mean (0.5, 0.5, 0.5)' in capsys.readouterr().out

@@ -121,6 +121,15 @@ class Run:
             print(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample {self.progress["sample"]}')
         self.saved = None
 
+    def load_evaluated(self, network):
+        """What --evaluate scores: the weights named by --student-resume, else those of the run."""
+        if self.args.student_resume:
+            checkpoint.load_weights(network, self.args.student_resume)
+        elif self.saved:
+            checkpoint.fill(network, self.saved, self.origin)
+        elif not self.args.pretrained:
+            distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
+
     def begin(self, student, train, valid):
         """Say what is about to happen, and open the folder for it."""
         args, ranks, self.classes = self.args, distributed.world(), list(train.images.source.classes)

@@ -16,6 +16,7 @@ import sys
 from torch import nn
 
 import main_base
+from distillers import networks
 from utils import distributed, engine
 
 update, what = os.environ.get('FAULT', '0 nothing').split()
@@ -62,7 +63,7 @@ class Supervised(engine.Supervised):
 engine.seed_everything = at_every_update
 main_base.Supervised = Supervised
 if 'GROUP_NORM' in os.environ:
-    main_base.build = tiny
+    networks.build = tiny
 
 if __name__ == '__main__':
     sys.argv[0] = 'main_base.py'

@@ -17,10 +17,10 @@ nn.BatchNorm2d = Norm  # the methods' own norms, too
 
 from zoo import PAIRS, Tiny  # noqa: E402
 
-import main_base  # noqa: E402
 import main_distill  # noqa: E402
+from distillers import networks  # noqa: E402
 
-main_base.build = main_distill.build = lambda arch, *_: Tiny(**PAIRS['narrower'][arch == 'resnet18'])
+networks.build = lambda arch, *_: Tiny(**PAIRS['narrower'][arch == 'resnet18'])
 
 if __name__ == '__main__':
     sys.argv[0] = 'main_distill.py'
