@@ -20,7 +20,7 @@ from distillers import (
 )
 from distillers.cache import TeacherCache
 from distillers.lean import LeanTeacher
-from distillers.networks import build_student, build_teacher
+from distillers.networks import add_stage_flags, build_student, build_teacher
 from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
@@ -39,10 +39,7 @@ def main():
                    help=f'methods, whose losses add up: {", ".join(DISTILLERS)}')
     g.add_argument('--ce-weight', type=nonnegative, metavar='W',
                    help="factor of the labels' cross entropy (default: the method's own if it runs alone, else 1)")
-    for whose in ('student', 'teacher'):
-        g.add_argument(f'--{whose}-stages', type=lambda text: text.split(','), metavar='PATH,PATH,...',
-                       help='modules of a network from elsewhere, by their names in it, whose outputs are its maps '
-                            '(default: found by a probe)')
+    add_stage_flags(g)
     g.add_argument('--logit-standardize', **on, help='methods see the z-scores of each logit vector (LSKD)')
     g.add_argument('--pair-images', type=count, default=20000, metavar='N',
                    help='training images that a method may look at with both networks before an epoch')

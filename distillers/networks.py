@@ -6,6 +6,13 @@ from utils import distributed
 from utils.views import STATISTICS
 
 
+def add_stage_flags(group):
+    for whose in ('student', 'teacher'):
+        group.add_argument(f'--{whose}-stages', type=lambda text: text.split(','), metavar='PATH,PATH,...',
+                           help='modules of a network from elsewhere, by their names in it, whose outputs are its maps '
+                                '(default: found by a probe)')
+
+
 def build(arch, classes, pretrained=False):
     """A network by name (models/__init__.py)."""
     if pretrained and ':' in arch and not arch.startswith(('torchvision:', 'timm:')):

@@ -2,8 +2,8 @@
 
     python scripts/visualize.py DIR --arch S --student-resume A.pth --teacher-arch T --teacher-resume B.pth -o pictures
 
-Both are networks of models/ with the same classes. The flags are those of main_base.py, to evaluate; scripts/plot.py
-draws the curves of the training.
+Both tell the same classes. The flags are those of main_base.py, to evaluate; scripts/plot.py draws the curves of the
+training.
 """
 import sys
 from pathlib import Path
@@ -14,8 +14,8 @@ from tsne import torch, tsne
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distillers.networks import build
-from models import NETWORKS
+from distillers.base import probe
+from distillers.networks import add_stage_flags, build_student, build_teacher
 from utils import checkpoint, distributed, setup, signals
 from utils.args import base_parser, check, count
 from utils.data import Prepare, load_data
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
     pooled: list[torch.Tensor]  # their features, [n, C]
     images: torch.Tensor  # a few, [m, 3, H, W] of uint8
     shown: list[int]  # their numbers
-    cams: list[torch.Tensor]  # of the class that the teacher takes them for, [m, h, w]
+    cams: list[torch.Tensor]  # of the class that the teacher takes them for, [m, h, w], if both have some
 
 
 def main():
@@ -45,6 +45,7 @@ def main():
     g = parser.add_argument_group('pictures')
     g.add_argument('-o', '--output', default='pictures', metavar='DIR', help='folder of the pictures')
     g.add_argument('--images', type=count, default=8, metavar='N', help='images to draw activation maps of')
+    add_stage_flags(g)
     args = check(parser, parser.parse_args())
     if not (args.student_resume or args.pretrained or args.dummy):
         parser.error("the student's weights are missing: --student-resume PATH (or --pretrained)")
@@ -63,20 +64,24 @@ def worker(args, device):
     classes += [f'output {i}' for i in range(len(classes), outputs)]
 
     networks = {}
-    for role, arch, path, pretrained in (
-            ('Teacher', args.teacher_arch, args.teacher_resume, not (args.teacher_resume or args.dummy)),
-            ('Student', args.arch, args.student_resume, args.pretrained)):
-        if arch not in NETWORKS:
-            sys.exit(f'error: {arch} does not show its features; networks that do: {", ".join(NETWORKS)}')
+    for role, arch, build, path, pretrained in (
+            ('Teacher', args.teacher_arch, build_teacher, args.teacher_resume, not (args.teacher_resume or args.dummy)),
+            ('Student', args.arch, build_student, args.student_resume, args.pretrained)):
         seed_everything(args.seed or 0, role)
-        networks[f'{role} {arch}'] = network = setup.place(build(arch, outputs, pretrained), device, args).eval()
+        network = setup.place(build(args, outputs, pretrained, shows=True), device, args).eval()
+        network.image_size = args.image_size
+        networks[f'{role} {arch}'] = network
         if path:
             checkpoint.load_weights(network, path)
+    pictures = {'tsne': draw_tsne, 'correlation': draw_correlation, 'cam': draw_cams}
+    if without := [f'{name}: {why}' for name, network in networks.items() if (why := why_no_cams(network))]:
+        del pictures['cam']
+        print(f'note: no activation maps are drawn; {"; ".join(without)}')
 
-    seen = look(networks, classes, valid, Prepare(args, device), device, args)
+    seen = look(networks, classes, valid, Prepare(args, device), device, 'cam' in pictures, args)
     plt.rcParams.update(STYLE)
     folder = Path(args.output)
-    for name, draw in (('tsne', draw_tsne), ('correlation', draw_correlation), ('cam', draw_cams)):
+    for name, draw in pictures.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             draw(seen).savefig(folder / f'{name}.png', dpi=150, bbox_inches='tight')
@@ -86,7 +91,7 @@ def worker(args, device):
 
 
 @torch.no_grad()
-def look(networks, classes, loader, prepare, device, args) -> Seen:
+def look(networks, classes, loader, prepare, device, with_cams, args) -> Seen:
     targets = torch.tensor(loader.dataset.source.targets)
     placed, shown = some_of_some_classes(targets), spread(len(targets), args.images)
     logits, pooled, cams = ([[] for _ in networks] for _ in range(3))
@@ -105,8 +110,9 @@ def look(networks, classes, loader, prepare, device, args) -> Seen:
             guess = features.logits.argmax(1) if guess is None else guess  # the teacher's
             logits[i].append(features.logits.float().cpu())
             pooled[i].append(features.pooled[to_place].float().cpu())
-            cams[i].append(cam(network.classifier.weight, features.head[to_show], guess[to_show]).cpu())
-    logits, pooled, cams = ([torch.cat(parts) for parts in kind] for kind in (logits, pooled, cams))
+            if with_cams:
+                cams[i].append(cam(network.classifier.weight, features.head[to_show], guess[to_show]).cpu())
+    logits, pooled, cams = ([torch.cat(parts) for parts in kind if parts] for kind in (logits, pooled, cams))
     return Seen(list(networks), classes, targets, logits, placed, pooled, torch.cat(images), shown, cams)
 
 
@@ -180,6 +186,15 @@ def draw_correlation(seen: Seen):
 
 
 # Class activation maps
+
+def why_no_cams(network) -> str:
+    """What speaks against those of this network, if something does."""
+    try:
+        network.classifier  # noqa: B018, it may have none that tells
+    except ValueError as error:
+        return str(error)
+    return 'what it classifies is a map of one pixel' if probe(network).head.shape[2:].numel() == 1 else ''
+
 
 def cam(weight, head, classes):
     """relu(sum_d W[c, d] * F_d) of a class for each image: [K, C], [n, C, h, w], [n] -> [n, h, w]"""

@@ -132,6 +132,50 @@ def test_pictures_of_two_networks(visual, tmp_path, monkeypatch):
     torch.testing.assert_close(seen.cams[1], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_pictures_of_networks_from_elsewhere(visual, tmp_path, monkeypatch):
+    """Of a teacher that gets images of its own, too."""
+    teacher, student = (create_model(f'torchvision:{name}', 10).eval() for name in ('resnet18', 'shufflenet_v2_x0_5'))
+    for network, name in ((teacher, 't'), (student, 's')):
+        torch.save(network.state_dict(), tmp_path / f'{name}.pth')
+    seen = []
+    monkeypatch.setattr(visualize, 'draw_cams', lambda s, draw=visualize.draw_cams: seen.append(s) or draw(s))
+    done = visual(*CIFAR, '--dummy-images', 32, '--image-size', 64, '--images', 3, '--output', tmp_path / 'pictures',
+                  '--teacher-arch', 'torchvision:resnet18', '--teacher-resume', tmp_path / 't.pth',
+                  '--teacher-size', 96, '--teacher-mean', 0.5, 0.4, 0.3, '--teacher-stages', 'layer3,layer4',
+                  '--arch', 'torchvision:shufflenet_v2_x0_5', '--student-resume', tmp_path / 's.pth', quick=False)
+    assert done.code == 0, done.err
+    assert all(is_picture(done.folder / f'{name}.png') for name in ('tsne', 'correlation', 'cam'))
+    assert 'torchvision:resnet18: stages layer3 [256' in done.out
+
+    seen, = seen
+    std = torch.tensor(STATISTICS['cifar10'][1]).view(3, 1, 1)
+    theirs = ((seen.images / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / std).float()
+    theirs = torch.nn.functional.interpolate(theirs, (96, 96), mode='bilinear', antialias=True)
+    own = (seen.images / 255 - torch.tensor(STATISTICS['cifar10'][0]).view(3, 1, 1)) / std
+    heads = []
+    for module in (teacher.layer4, student.conv5):
+        module.register_forward_hook(lambda module, inputs, output: heads.append(output))
+    with torch.no_grad():
+        for logits, expected in zip(seen.logits, (teacher(theirs), student(own))):
+            torch.testing.assert_close(logits[seen.shown], expected, atol=1e-3, rtol=1e-3)
+        for cams, head, network in zip(seen.cams, heads, (teacher, student)):
+            weight = network.fc.weight[seen.logits[0][seen.shown].argmax(1)]
+            expected = (weight[:, :, None, None] * head).sum(1).relu()
+            assert cams.shape == (3, *[3 if network is teacher else 2] * 2)
+            torch.testing.assert_close(cams, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('arch, why', [
+    ('torchvision:squeezenet1_0', 'its logits are not just what classifier.1'),
+    ('mobilenet_v3_small', 'what it classifies is a map of one pixel')])
+def test_networks_without_activation_maps_have_the_other_pictures(visual, tmp_path, arch, why):
+    done = visual(*CIFAR, '--dummy-images', 16, '--arch', arch, '--teacher-arch', 'resnet8', '-o', tmp_path,
+                  quick=False)
+    assert done.code == 0, done.err
+    assert f'note: no activation maps are drawn; Student {arch}: {why}' in done.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['correlation.png', 'tsne.png']
+
+
 def test_images_of_all_of_some_classes_are_placed():
     targets = torch.arange(2400) % 24
     placed = visualize.some_of_some_classes(targets)
@@ -141,7 +185,7 @@ def test_images_of_all_of_some_classes_are_placed():
 
 @pytest.mark.parametrize('flags, complaint', [
     (['/nowhere'], "student's weights are missing"),
-    ([*CIFAR, '--teacher-arch', 'squeezenet1_0'], 'squeezenet1_0 does not show its features'),
+    ([*CIFAR, '--teacher-arch', 'squeezenet1_0', '--teacher-stages', 'x'], 'x is none of its modules; stages could be'),
     ([*CIFAR, '--arch', 'resnet8', '--student-resume', '{}/a.pth', '--teacher-arch', 'resnet8'],
      'is [3, 64] instead of [10, 64]'),
     ([*CIFAR, '--arch', 'resnet8', '--student-resume', '{}/b.pth', '--teacher-arch', 'resnet8'], 'does not exist'),
