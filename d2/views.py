@@ -127,7 +127,7 @@ def box_logits(detector: nn.Module, maps: dict[str, Tensor], boxes: list) -> Ten
 class View(nn.Module):
     """The backbone of a detector as a network of the distillers, which shows the named maps."""
 
-    image_size = 128  # for the probe: the deepest level in use, P7, has a pixel then
+    image_size = 256  # for the probe: the deepest level in use, P7, has more than a pixel then
     classifier = None
 
     def __init__(self, detector: nn.Module, names: tuple[str, ...], measure_margins: bool = False):

@@ -2,7 +2,7 @@
 import torch.nn.functional as F
 
 from .base import Distiller, positive
-from .parts import Pairing, smaller, stage_pairs
+from .parts import Pairing, refuse_single_pixels, smaller, stage_pairs
 
 
 class AT(Distiller):
@@ -27,6 +27,7 @@ class AT(Distiller):
         if p < 1:  # the slope of |F|^p at 0 is infinite, and a ReLU gives zeros
             raise ValueError(f'p is {p}, but has to be at least 1')
         self.p, self.weight, self.pairing = p, weight, stage_pairs(student, teacher, pairing)
+        refuse_single_pixels(student, teacher, self.pairing)
 
     def forward(self, s, t, batch):
         losses = [F.mse_loss(*(self.attention(f) for f in smaller(s.maps[i], t.maps[j]))) for i, j in self.pairing]

@@ -9,7 +9,7 @@ from torch import nn
 from utils import distributed
 
 from .base import Distiller, positive, probe
-from .parts import smaller
+from .parts import refuse_single_pixels, smaller
 
 
 class FT(Distiller):
@@ -30,6 +30,7 @@ class FT(Distiller):
     def __init__(self, student, teacher, *, weight=200.0, k=0.5, paraphraser_epochs=30, paraphraser_lr=0.01):
         super().__init__()
         positive(weight=weight, k=k, paraphraser_epochs=paraphraser_epochs, paraphraser_lr=paraphraser_lr)
+        refuse_single_pixels(student, teacher, [(-1, -1)])
         self.weight, self.epochs, self.lr = weight, paraphraser_epochs, paraphraser_lr
         c_s, c_t = (probe(network).maps[-1].shape[1] for network in (student, teacher))
         mid = max(round(k * c_t), 1)

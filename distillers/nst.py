@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Distiller, positive
-from .parts import Pairing, smaller, stage_pairs
+from .parts import Pairing, refuse_single_pixels, smaller, stage_pairs
 
 
 class NST(Distiller):
@@ -27,6 +27,7 @@ class NST(Distiller):
         super().__init__()
         positive(weight=weight)
         self.weight, self.pairing = weight, stage_pairs(student, teacher, pairing)
+        refuse_single_pixels(student, teacher, self.pairing)
 
     def forward(self, s, t, batch):
         with torch.autocast(s.logits.device.type, enabled=False):  # a difference of nearly equal products

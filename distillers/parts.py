@@ -41,6 +41,15 @@ def smaller(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
                  for f in (f_s, f_t))
 
 
+def refuse_single_pixels(student: nn.Module, teacher: nn.Module, pairing: list[tuple[int, int]]):
+    """For methods that bring maps to length 1 over the pixels of an image: those of one pixel all become the same."""
+    maps_s, maps_t = (probe(network).maps for network in (student, teacher))
+    if all(smaller(maps_s[i], maps_t[j])[0].shape[2:].numel() == 1 for i, j in pairing):
+        raise ValueError('the maps that are compared have a single pixel, and the method divides it by its own length, '
+                         'which leaves nothing to learn: take larger images (--image-size), networks that shrink them '
+                         'less, or a method that compares the values of channels (fitnet, sp)')
+
+
 def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out))
 

@@ -470,6 +470,13 @@ def test_ft_says_what_is_wrong_with_its_paraphraser():
         method.start_epoch(1, some_pairs(batches_of([range(4), range(4, 10)])))
 
 
+def test_ft_refuses_a_last_map_of_one_pixel():
+    teacher, _ = zoo.make('same')
+    for channels, strides in (((8,), (16,)), ((8, 12), (4, 4))):
+        with pytest.raises(ValueError, match=r'have a single pixel.*--image-size'):
+            FT(zoo.Tiny(channels, strides), teacher)
+
+
 # Ranks
 
 SHARES = [[range(3), range(6, 8)], [range(3, 6)]]  # one batch more on rank 0

@@ -105,6 +105,16 @@ def test_nst_is_the_formula(which):
     assert value(NST(*make(which), weight=3.0), s, t) == pytest.approx(3 * expected, rel=1e-5)
 
 
+@pytest.mark.parametrize('method', [AT, NST])
+def test_single_pixels_are_refused_where_no_pair_has_more(method):
+    """Brought to length 1 over the pixels of an image, they are all the same."""
+    (deep, _), (teacher, _) = make('one pixel'), make('same')
+    with pytest.raises(ValueError, match=r'have a single pixel.*--image-size'):
+        method(deep, teacher)
+    shallow = type(teacher)((8, 12), (4, 4))
+    assert method(shallow, teacher).pairing == [(0, 1), (1, 2)]
+
+
 # VID
 
 @pytest.mark.parametrize('which', ['narrower', 'smaller maps', 'larger maps'])

@@ -15,6 +15,9 @@ REFUSED = {  # pairs that a method cannot make sense of
     'mgd': {'wider', 'smaller maps', 'larger maps'},
     'kdsvd': EQUAL_CHANNELS,
     'fsp': EQUAL_CHANNELS,
+    'at': {'one pixel'},
+    'nst': {'one pixel'},
+    'ft': {'one pixel'},
 }
 LOGITS = {'kd', 'dkd', 'edkd', 'mrkd', 'dist', 'dml', 'expkd'}
 POOLED = {'rkd', 'pkt', 'cc', 'crd', 'reviewkd', 'srd', 'srdwithdist', 'simkd'}

@@ -46,6 +46,7 @@ PAIRS = {  # name: (student, teacher)
     'more stages': ({'channels': (4, 8, 8, 10), 'strides': (1, 2, 1, 2)}, THREE),
     'fewer stages': ({'channels': (6, 10), 'strides': (2, 2)}, THREE),
     'no norm': ({'channels': (4, 6, 8), 'strides': (1, 2, 2)}, THREE | {'norm': False}),
+    'one pixel': ({'channels': (8, 12), 'strides': (16, 1)},) * 2,
     'later head': (THREE | {'head': 20}, THREE),
 }
 
