@@ -19,8 +19,8 @@ from distillers import (
     reads_outputs,
 )
 from distillers.cache import TeacherCache
-from distillers.lean import LeanTeacher
-from distillers.networks import add_stage_flags, build_student, build_teacher
+from distillers.lean import lean_teacher
+from distillers.networks import add_stage_flags, build_student, build_teacher, identity
 from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
 from utils.data import Prepare, load_data
@@ -99,7 +99,7 @@ def worker(args, device):
         checkpoint.load_weights(teacher, args.teacher_resume, classes)
     elif args.dummy:
         distributed.say('note: made-up images, made-up teacher: its weights are random')
-    run.facts['teacher'] = f'{args.teacher_arch} {checkpoint.fingerprint(teacher)}' + getattr(teacher, 'identity', '')
+    run.facts['teacher'] = identity(teacher, args)
     if not untrained:  # runs of several --seeds share one of these weights
         teacher = together.shared(run.facts['teacher'], lambda: teacher)
 
@@ -119,10 +119,8 @@ def worker(args, device):
                                     args.label_smoothing, args.logit_standardize).to(device)
         if train:
             distillation.know(torch.tensor(train.images.source.targets, device=device))
-        lean = args.fold_teacher or args.teacher_amp or (args.fast and distillation.teacher_stands_still)
-        if lean and args.cache_teacher == 'off' and not args.evaluate:
-            distillation.stand_in = together.shared(
-                ('lean', teacher), lambda: LeanTeacher(distillation, teacher, device, args))
+        if args.cache_teacher == 'off' and not args.evaluate:
+            distillation.stand_in = lean_teacher(distillation, teacher, device, args)
     except ValueError as error:  # a pair, or data, that a method cannot work with
         sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
     network = distillation.shipped()

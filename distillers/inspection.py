@@ -37,8 +37,8 @@ from utils.sources import Folder, load_source
 from . import DISTILLERS
 from .base import Distillation, evaluating, first_line, flag, from_flags, hyper_parameters, probe, probe_image
 from .cache import TeacherCache
-from .lean import LeanTeacher
-from .networks import build_student, build_teacher
+from .lean import lean_teacher
+from .networks import build_student, build_teacher, identity
 
 WIDTH = 112  # of what is printed
 DECODED = 64  # images of each split
@@ -149,14 +149,13 @@ def worker(args, device):
             seed_everything(run.seed, 'distillers')
             with found.listing(f'{name}: {args.arch} under {args.teacher_arch}: '):
                 built |= from_flags(DISTILLERS, [name], args, student, teacher)
-        sees = getattr(teacher, 'sees', '')
-        run.facts['teacher'] = f'{args.teacher_arch} {checkpoint.fingerprint(teacher)} {sees}'.strip()
+        run.facts['teacher'] = identity(teacher, args)
         with found.listing():
             made = Distillation(student, distributed.replicated(teacher, device, one), built, args.ce_weight,
                                 args.label_smoothing, args.logit_standardize).to(device)
             made.know(torch.tensor(train.images.source.targets, device=device) % outputs)
-            if args.fold_teacher or args.teacher_amp:
-                made.stand_in = LeanTeacher(made, teacher, device, one)
+            if args.cache_teacher == 'off':
+                made.stand_in = lean_teacher(made, teacher, device, one)
         with found.listing('--cache-teacher: '):
             if args.cache_teacher != 'off' and real:
                 if args.cache_dir:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models import Features
-from utils import distributed, setup
+from utils import distributed, setup, together
 from utils.randomness import generator
 
 from .base import Distillation, probe_image
@@ -32,6 +32,13 @@ class LeanTeacher:
     def __call__(self, batch) -> Features:
         with setup.precision(self.device, self.amp):
             return self.network(batch.images, features=True)
+
+
+def lean_teacher(distillation: Distillation, teacher: nn.Module, device: torch.device, args) -> LeanTeacher | None:
+    """If flags ask for one; runs of several --seeds share it."""
+    if args.fold_teacher or args.teacher_amp or (args.fast and distillation.teacher_stands_still):
+        return together.shared(('lean', teacher), lambda: LeanTeacher(distillation, teacher, device, args))
+    return None
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 import sys
 
 from models import Foreign, Renormalised, create_model
-from utils import distributed
+from utils import checkpoint, distributed
 from utils.views import STATISTICS
 
 
@@ -69,3 +69,8 @@ def showing(network, arch, classes, stages, image_size):
         sys.exit(f'error: {arch}: {error}')
     distributed.say(f'{arch}: {network.told}')
     return network
+
+
+def identity(teacher, args) -> str:
+    """What a run under this teacher is tied to: its name, the hash of its weights, what images it gets."""
+    return f'{args.teacher_arch} {checkpoint.fingerprint(teacher)}' + getattr(teacher, 'identity', '')

@@ -7,6 +7,7 @@ import torch
 from conftest import write_images
 from torch import nn
 
+from distillers import lean
 from distillers.inspection import look_at_network
 from models import create_model
 
@@ -78,6 +79,21 @@ def test_an_optimizer_step_is_not_kept(base, images, tmp_path):
     assert 'checkpoint.pth' in run.out and 'goes on from epoch 1' in run.out
     run = base(images, '--epochs', 2, '--output', output, '--inspect')
     assert run.code == 1 and len(problems(run)) == 1 and 'holds a run with other arguments' in problems(run)[0]
+
+
+def test_a_run_under_a_teacher_with_images_of_its_own_goes_on(distill, images, teacher, tmp_path):
+    flags = [images, *PAIR, '--teacher-resume', teacher(3), '--teacher-mean', 0.5, 0.4, 0.3, '--distiller', 'kd',
+             '--epochs', 1, '--output', tmp_path / 'run']
+    assert distill(*flags).code == 0
+    run = distill(*flags, '--inspect')
+    assert run.code == 0 and 'goes on from epoch 1' in run.out, run.out
+
+
+def test_fast_is_measured_with_the_teacher_that_it_folds(distill, images, teacher, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lean, 'folded', lambda network, fold=lean.folded: seen.append(network) or fold(network))
+    run = distill(images, *PAIR, '--teacher-resume', teacher(3), '--distiller', 'kd', '--fast', '--inspect')
+    assert run.code == 0 and len(seen) == 1, run.out
 
 
 def test_all_problems_at_once(distill, images, teacher, tmp_path):
