@@ -29,7 +29,7 @@ from utils import checkpoint, distributed, signals
 from utils.args import base_parser
 from utils.data import STATISTICS, Batch, CenterView, Images, PlainView, Prepare, load_source, make_loader
 from utils.engine import evaluate
-from utils.order import EvalOrder
+from utils.order import EvalOrder, spread
 from utils.run import git_revision
 
 SUFFIX = {'safetensors': '.safetensors', 'torch': '.pth', 'onnx': '.onnx', 'pt2': '.pt2'}
@@ -212,9 +212,8 @@ def adapting(args) -> dict[str, dict]:
 
 def some(images: Images, n: int, prepare) -> torch.Tensor:
     """n of the images, or all of fewer, spread over the data set and so over its classes."""
-    n = min(n, len(images))
-    picked, numbers = [images[0, i * len(images) // n].images for i in range(n)], torch.zeros(n)
-    return prepare(Batch(torch.stack(picked), numbers, numbers, numbers)).images
+    picked = torch.stack([images[0, i].images for i in spread(len(images), n)])
+    return prepare(Batch(picked, *torch.zeros(3, len(picked)))).images
 
 
 # Files

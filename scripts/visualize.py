@@ -19,6 +19,7 @@ from distillers.networks import add_stage_flags, build_student, build_teacher
 from utils import checkpoint, distributed, setup, signals
 from utils.args import base_parser, check, count
 from utils.data import Prepare, load_data
+from utils.order import spread
 from utils.randomness import seed_everything
 from utils.setup import precision
 
@@ -114,12 +115,6 @@ def look(networks, classes, loader, prepare, device, with_cams, args) -> Seen:
                 cams[i].append(cam(network.classifier.weight, features.head[to_show], guess[to_show]).cpu())
     logits, pooled, cams = ([torch.cat(parts) for parts in kind if parts] for kind in (logits, pooled, cams))
     return Seen(list(networks), classes, targets, logits, placed, pooled, torch.cat(images), shown, cams)
-
-
-def spread(n: int, k: int) -> list[int]:
-    """k of n numbers, or all of fewer."""
-    k = min(k, n)
-    return [i * n // k for i in range(k)]
 
 
 def some_of_some_classes(targets) -> list[int]:

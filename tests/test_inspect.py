@@ -7,8 +7,7 @@ import torch
 from conftest import write_images
 from torch import nn
 
-from distillers import lean
-from distillers.inspection import look_at_network
+from distillers import lean, looks
 from models import create_model
 
 PAIR = ['--arch', 'shufflenet_v2_x0_5', '--teacher-arch', 'shufflenet_v2_x1_0']
@@ -37,7 +36,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize('name, size, macs', [('resnet18', 224, 1.814e9), ('mobilenet_v1', 224, 5.69e8)])
 def test_counts_of_a_network(name, size, macs):
     network = create_model(name, 1000)
-    rows = look_at_network(network, size)
+    rows = looks.at_network(network, size)
     assert float(rows[f'MACs at {size}'].removesuffix(' M').replace(',', '')) == pytest.approx(macs / 1e6, rel=5e-3)
     assert rows['parameters'] == f'{sum(p.numel() for p in network.parameters()):,}'
     assert rows['logits'] == '1000' and ', stride 32, BatchNorm2d' in rows['stage 3']
@@ -48,7 +47,7 @@ def test_multiplications_of_odd_convolutions():
     layers = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, groups=3), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2),
                            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     # 9 pixels -> 4 x 4 of 6 channels, each of 1 x 3 x 3; each of these 6 x 4 x 4 goes to 2 channels of 2 x 2; 4 x 5
-    assert look_at_network(layers, 9)['MACs at 9'] == f'{(6 * 16 * 9 + 6 * 16 * 2 * 4 + 20) / 1e6:,.1f} M'
+    assert looks.at_network(layers, 9)['MACs at 9'] == f'{(6 * 16 * 9 + 6 * 16 * 2 * 4 + 20) / 1e6:,.1f} M'
 
 
 def test_what_is_told(distill, images, teacher, tmp_path):

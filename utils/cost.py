@@ -1,4 +1,4 @@
-"""What a step costs: time and memory, measured with the training loop itself on one batch. For --inspect."""
+"""What training costs, in time and memory, measured with the training loop itself on one batch. For --inspect."""
 import io
 import os
 import time
@@ -74,6 +74,21 @@ def measure(batch, how, device) -> dict[str, float]:
             scaled = {name: value * (times if name != 'rest' else 1) for name, value in cost.items() if name != 'step'}
             return scaled | {'step': sum(scaled.values()), 'images': TINY, 'peak': peak(device)}
     return step(batch, *how) | {'images': images, 'peak': peak(device)}
+
+
+def preparation(distillation, train, prepare, pairs: float, some: int, device) -> dict[str, float]:
+    """Seconds of what methods do with some pairs of images before the first and the next epoch, scaled to all pairs."""
+    seconds = []
+    for epoch in (1, 2):
+        looks, began = [], now(device)
+
+        def look():
+            looks.append(1)  # noqa: B023
+            return map(prepare, train.sample(0, some))
+        news = distillation.start_epoch(epoch, look)
+        fixed = sum(row.get('seconds', 0.0) for rows in news.values() for row in rows)
+        seconds.append(fixed + (now(device) - began - fixed) * pairs / some if looks else 0.0)
+    return dict(zip(('first', 'each'), seconds))
 
 
 def cut(batch, n: int):

@@ -59,3 +59,9 @@ class EvalOrder(Sampler):
 
     def __len__(self):
         return -(-len(self.samples[self.rank::self.world]) // self.batch)
+
+
+def spread(n: int, k: int) -> list[int]:
+    """k of n numbers, evenly, or all of fewer."""
+    k = min(k, n)
+    return [i * n // k for i in range(k)]
