@@ -20,6 +20,7 @@ from pathlib import Path
 
 import report
 from logs import read_json
+from ways import collect, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -165,7 +166,7 @@ def train(jobs, count, gpus) -> int:
 def write_report(jobs):
     folders = [job.folder for job in jobs if job.folder.is_dir()]
     try:
-        ways, teacher = report.collect(folders, [])
+        ways, teacher = collect(folders, [])
         report.write(ways, teacher, jobs[0].folder.parent / 'report.html')
         return ways, teacher
     except SystemExit:  # has said why
@@ -204,7 +205,7 @@ def main():
     code = train(jobs, args.jobs, args.gpus)
     if written := write_report(jobs):
         ways, teacher = written
-        print('\n' + report.table(teacher + ways))
+        print('\n' + table(teacher + ways))
         if find_spec('matplotlib'):
             report.draw(ways, teacher).savefig(args.output / 'curves.png', dpi=150)
             print(f'\ncurves: {args.output / "curves.png"}', end='')

@@ -42,16 +42,20 @@ def alike(ranks):
     return 1 - (ranks.var(0).mean() / ranks.var()).item()
 
 
+def place(flow, margins):
+    """Where channels are drawn: [g, sc] teachers that are learned from, [sc] students, and teachers left over."""
+    ranks = margins.argsort(stable=True).argsort()
+    unused = torch.ones(len(margins), dtype=torch.bool).index_fill(0, flow.flatten(), False)
+    return ranks[flow], margins[flow].double().mean(0).argsort(stable=True).argsort(), ranks[unused].sort().values
+
+
 def draw_matrix(axes, flow, margins, name, colour):
     """A dot per pair, a line through each group, and below them the teacher channels that nobody learns from."""
-    (g, sc), tc = flow.shape, len(margins)
-    ranks = margins.argsort(stable=True).argsort().double()
-    column, row = ranks[flow], margins[flow].double().mean(0).argsort(stable=True).argsort()  # [g, sc], [sc]
+    (g, sc), tc, (column, row, unused) = flow.shape, len(margins), place(flow, margins)
     axes.hlines(row, column.amin(0), column.amax(0), color='0.85', linewidth=min(100 / sc, 0.8), zorder=1)
     dots = axes.scatter(column, row.expand(g, sc), c=margins[flow], s=min(max(4000 / (g * sc), 1.5), 24), linewidths=0)
-    unused = torch.ones(tc, dtype=torch.bool).index_fill(0, flow.flatten(), False)
-    axes.plot(ranks[unused], torch.full_like(ranks[unused], -0.05 * sc), '|', color='0.55', markersize=4)
-    told = f'{g} for each, {unused.sum()} left over' + (f', alike by {alike(column):.2f}' if g > 1 else '')
+    axes.plot(unused, torch.full(unused.shape, -0.05 * sc), '|', color='0.55', markersize=4)
+    told = f'{g} for each, {len(unused)} left over' + (f', alike by {alike(column.double()):.2f}' if g > 1 else '')
     axes.set_title(name, color=colour, y=1.06)
     axes.text(0, 1.02, told, transform=axes.transAxes, color='0.35')
     axes.set(xlabel=f'{tc} teacher channels, by margin', ylabel=f'{sc} student channels', xticks=[], yticks=[],

@@ -11,7 +11,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from logs import refuse
+from ways import over_seeds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,11 +31,6 @@ LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± s
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
 Runs of another length than the paper's tell it instead. A dash was not run, or not published.
 """
-
-
-def refuse(line):
-    print(line, file=sys.stderr)
-    sys.exit(2)
 
 
 def read(path):
@@ -96,17 +94,13 @@ def agree(one, other, differing):
         refuse(f'{one["path"]} and {other["path"]} differ in {", ".join(sorted(differing))}')
 
 
-def spread(values):
-    return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
-
-
 def cell(paper, epoch, epochs, runs):
     """epoch: which of ours the paper's is compared with; epochs: how long runs that compare with it are."""
     copied = '-' if paper is None else f'*{paper:.2f}*'
     if not runs:
         return copied if paper is None else f'{copied} / -'
     ours = {which: [run['top1'][which] for run in runs] for which in ('last', 'best')}
-    text = f'{copied} / **{spread(ours["last"])}** ({len(runs)}), best {spread(ours["best"])}'
+    text = f'{copied} / **{over_seeds(ours["last"])}** ({len(runs)}), best {over_seeds(ours["best"])}'
     trained = runs[0]['arguments']['epochs']
     if trained not in epochs:
         return f'{text}, epochs: {trained}'

@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 
 import compare
 import report
+from guesses import calibration, confusions, ece, per_class
+from report_page import Page
+from ways import collect
 
 from utils import closely
 from utils.closely import Closely
@@ -157,7 +160,7 @@ def test_of_many_classes_the_largest_gains_and_losses_are_shown(tmp_path):
     for folder, guess in ((alone, np.where(right, target, 0)), (kd, np.where(target < 990, target, 0))):
         np.savez(folder / 'predictions.npz', classes=target.astype(str), target=target,
                  student=np.stack([guess, np.full(1000, 0.5)]))
-    page = report.Page(*report.collect([alone, kd], []))
+    page = Page(*collect([alone, kd], []))
     table = Checked(page.classes())
     assert table.rows == 21 and '-100.0' in table.text and '+100.0' in table.text
     assert table.text.count('-100.0') == 5  # of classes 991, 993, ..., 999
@@ -169,20 +172,20 @@ def test_numbers_from_guesses_are_those_of_plain_loops():
             'student': np.stack([rng.integers(0, 6, 300), rng.choice(31, 300) / 30]).astype(np.float32)}
     guesses, sure = told['student'][0].astype(int).tolist(), told['student'][1].tolist()
     images = list(zip(told['target'].tolist(), guesses, sure))
-    for c, value in enumerate(report.per_class(told)):
+    for c, value in enumerate(per_class(told)):
         own = [guess == c for target, guess, _ in images if target == c]
         assert value == pytest.approx(100 * sum(own) / len(own))
     error = 0
     for i in range(15):
         inside = [(s, t == g) for t, g, s in images if i / 15 < s <= (i + 1) / 15 or (i == 0 and s == 0)]
         error += abs(sum(s for s, _ in inside) - sum(hit for _, hit in inside)) / 300
-    assert report.ece(report.calibration(told)) == pytest.approx(error, abs=0.01)  # edges in float32
+    assert ece(calibration(told)) == pytest.approx(error, abs=0.01)  # edges in float32
     known = rng.random(300) < 0.5
     counts = {}
     for (target, guess, _), sees in zip(images, known):
         if sees and target != guess:
             counts[target, guess] = counts.get((target, guess), 0) + 1
-    assert report.confusions(told, 'student', known) == counts
+    assert confusions(told, 'student', known) == counts
 
 
 # What training records

@@ -1,0 +1,170 @@
+"""Ways to train: runs that differ in their seed alone, as their folders tell of them, and what they come to."""
+import re
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from logs import read_json, records, refuse
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.args import NEUTRAL
+
+FREE = NEUTRAL | {'seed', 'seeds'}  # arguments that runs of one way may differ in
+DATA = ('dataset', 'data', 'dummy', 'dummy_images')
+COLUMNS = ('', 'network', 'top-1, last epoch', 'runs', 'top-1, best epoch', 'seconds per run')
+
+
+class Run:
+    """A run's folder, with None and [] for what is not there."""
+
+    def __init__(self, folder):
+        self.folder, self.name = folder, folder.resolve().name
+        result = read_json(folder / 'result.json') or {}
+        self.result = result if 'arguments' in result else {}
+        self.arguments = self.result.get('arguments') or read_json(folder / 'args.json') or {}
+        self.seed = self.result.get('seed', self.arguments.get('seed'))
+        self.finished = bool(self.result.get('finished'))
+        self.stopped = (folder / 'interrupted').exists()
+        log = folder / 'log.jsonl'
+        self.records = records(log.read_text(errors='replace').splitlines())[0] if log.exists() else []
+        self.images = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
+        self.predictions = read_npz(folder / 'predictions.npz')
+        self.guesses = [told for told in (self.predictions, read_npz(folder / 'start.npz')) if told]
+
+    def score(self, which):
+        score = self.result.get(which) or {}
+        return 100 * score['correct1'] / score['n'] if score.get('n') else None
+
+    def state(self):
+        if self.finished:
+            return 'finished'
+        a = self.arguments
+        total = a.get('epochs', 0) + (a.get('warmup_epochs', 0) if a.get('warmup') else 0)
+        done = self.records[-1]['epoch'] + 1 if self.records else 0
+        if not a:
+            return 'nothing recorded yet'
+        return f'{"stopped" if self.stopped else "running"}, {done} of {total} epochs'
+
+    def curve(self, *keys):
+        """[(epoch, value)] of a number deep in the records, where it is there; epochs counted from 1."""
+        points = []
+        for record in self.records:
+            value = record
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, (int, float)):
+                points.append((record['epoch'] + 1, value))
+        return points
+
+
+class Way:
+    """Runs that differ in the seed."""
+
+    def __init__(self, name, runs):
+        self.name, self.runs, self.colour = name, runs, 'var(--soft)'
+        self.arguments = next((run.arguments for run in runs if run.arguments), {})
+        self.arch, self.taught = self.arguments.get('arch', ''), 'distiller' in self.arguments
+        self.finished = [run for run in runs if run.finished]
+        self.predictions = [run.predictions for run in runs if run.predictions]
+
+    def scores(self, which):
+        return [run.score(which) for run in self.finished if run.score(which) is not None]
+
+    @property
+    def last(self):
+        """The mean of the last epochs, or None."""
+        scores = self.scores('last')
+        return mean(scores) if scores else None
+
+    def mean_of(self, function):
+        """Of function(predictions) over the runs that have some, or None."""
+        return np.mean([function(told) for told in self.predictions], axis=0) if self.predictions else None
+
+    def line(self, *keys):  # for curves
+        return {'name': self.name, 'colour': self.colour, 'runs': [run.curve(*keys) for run in self.runs]}
+
+
+def read_npz(path):
+    try:
+        with np.load(path) as arrays:
+            content = dict(arrays)
+        return content if {'classes', 'target', 'student'} <= content.keys() else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):  # not there, or damaged
+        return None
+
+
+def by_way(folders):
+    """Runs in the order given. Those that differ in more than the seed are no sample of one thing."""
+    ways = {}
+    for folder in folders:
+        if not folder.is_dir():
+            refuse(f'{folder} is not the folder of a run')
+        ways.setdefault(re.sub(r'-\d+$', '', folder.resolve().name), []).append(Run(folder))
+    for name, runs in ways.items():
+        known = [run for run in runs if run.arguments]
+        for run in known[1:]:
+            one, other = known[0].arguments, run.arguments  # one may know newer flags
+            if differing := [k for k in sorted((one.keys() & other.keys()) - FREE) if one[k] != other[k]]:
+                refuse(f'{known[0].folder} and {run.folder} differ in {", ".join(differing)}')
+        seeds = [run.seed for run in known if run.seed is not None]
+        if len(set(seeds)) < len(seeds):
+            refuse(f'{name}: two runs have the same seed')
+    return [Way(name, runs) for name, runs in ways.items()]
+
+
+def same_data(ways):
+    """Refuse to compare scores of different images."""
+    first = size = target = None
+    for run in (run for way in ways for run in way.runs if run.arguments):
+        data = {key: run.arguments.get(key) for key in DATA}
+        first, size = first or (run, data), size or run.images
+        differing = [key for key in DATA if data[key] != first[1][key]]
+        if run.images and run.images != size:
+            differing.append(f'the number of validation images ({size} and {run.images})')
+        for told in run.guesses:
+            target = told['target'] if target is None else target
+            if not np.array_equal(told['target'], target):
+                differing = differing or ['the classes of the validation images']
+        if differing:
+            refuse(f'{first[0].folder} and {run.folder} are runs of different data: they differ in '
+                   f'{", ".join(differing)}')
+
+
+def find_teacher(ways):
+    """The folder of the run whose weights the students were given."""
+    for way in ways:
+        folder = Path(way.arguments.get('teacher_resume') or '/').parent
+        if way.taught and (folder / 'log.jsonl').exists():
+            return [] if any(folder.resolve() == run.folder.resolve() for w in ways for run in w.runs) else [folder]
+    return []
+
+
+def collect(folders, teacher):
+    ways = by_way(folders)
+    teacher = by_way(teacher or find_teacher(ways))
+    same_data(teacher + ways)
+    return ways, teacher
+
+
+# The table, as text
+
+def over_seeds(values):
+    return '-' if not values else f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+
+
+def cells(way):
+    n, all_of_them = len(way.finished), len(way.runs)
+    seconds = [run.result['seconds'] for run in way.finished if 'seconds' in run.result]
+    return (way.name, way.arch, over_seeds(way.scores('last')), str(n) if n == all_of_them else f'{n} of {all_of_them}',
+            over_seeds(way.scores('best')), f'{mean(seconds):.0f}' if seconds else '-')
+
+
+def table(ways):
+    rows = [COLUMNS, *map(cells, ways)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['| ' + ' | '.join(f'{cell:{width}}' for cell, width in zip(row, widths)) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:]])
