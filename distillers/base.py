@@ -273,10 +273,15 @@ def add_flags(parser, table: dict[str, type[Distiller]]):
             group.add_argument(flag(name, key), default=parameter.default, help=text, **options(parameter))
 
 
+def values_of(table: dict[str, type[Distiller]], name: str, args) -> dict:
+    """A method's hyper-parameters by its flags; an older run's arguments know less of them."""
+    return {key: getattr(args, f'{name}_{key}', parameter.default)
+            for key, (parameter, _) in hyper_parameters(table[name]).items()}
+
+
 def from_flags(table: dict[str, type[Distiller]], names: list[str], args, student, teacher) -> dict[str, Distiller]:
     """The named methods, built with the values of their flags."""
-    return {name: table[name](student, teacher, **{key: getattr(args, f'{name}_{key}')
-                                                   for key in hyper_parameters(table[name])}) for name in names}
+    return {name: table[name](student, teacher, **values_of(table, name, args)) for name in names}
 
 
 def describe(table: dict[str, type[Distiller]]) -> str:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import warnings
 from argparse import Namespace
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 
@@ -211,11 +211,13 @@ def find_data(args, one, seed, device, found: Findings) -> tuple:
         for split in ('train', 'valid'):
             with found.listing():
                 sources[split] = load_source(args, split == 'train')
-        classes = max((source.classes for source in sources.values()), key=len, default=outputs_of(args.teacher_resume))
         with found.listing():
             made_up = Namespace(**vars(one) | {'dummy': True, 'data': None, 'num_classes': None})
-            train, valid, dummy = load_data(made_up, seed, device)
-        classes = classes or dummy
+            train, valid, classes = load_data(made_up, seed, device)
+        if args.teacher_resume:
+            with suppress(ValueError):  # is listed where its weights are loaded
+                classes = range(checkpoint.outputs_of(checkpoint.read(Path(args.teacher_resume)), args.teacher_resume))
+        classes = max((source.classes for source in sources.values()), key=len, default=classes)
         found.notes.append('made-up images stand in for the data')
     if sources:
         rows, wrong = looks.at_data(sources)
@@ -246,14 +248,6 @@ def find_networks(args, outputs, classes: list[str] | None, seed, device, found:
                 checkpoint.load_weights(networks[name], file, classes if name == 'teacher' else None)
                 origins[name] = file
     return networks, origins, columns
-
-
-def outputs_of(path: str | None) -> range | None:
-    """Numbers of the classes that a file of weights knows, if the last of them tell."""
-    try:
-        return range(len(list(checkpoint.weights_of(checkpoint.read(Path(path)), path).values())[-1]))
-    except (TypeError, ValueError):
-        return None
 
 
 @torch.no_grad()

@@ -17,59 +17,24 @@ from pathlib import Path
 
 import torch
 import torchvision
+from model_card import LOAD, adapting, card, constructor, facts
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distillers import DISTILLERS, Distillation, adapts
-from distillers.base import hyper_parameters
+from distillers import DISTILLERS, Distillation, from_flags
 from distillers.networks import build
-from models import NETWORKS, torchvision_names
+from models import NETWORKS
 from utils import checkpoint, distributed, signals
 from utils.args import base_parser
 from utils.data import STATISTICS, Batch, CenterView, Images, PlainView, Prepare, load_source, make_loader
 from utils.engine import evaluate
 from utils.order import EvalOrder, spread
-from utils.run import git_revision
 
 SUFFIX = {'safetensors': '.safetensors', 'torch': '.pth', 'onnx': '.onnx', 'pt2': '.pt2'}
 NEEDS = {'safetensors': ['safetensors'], 'onnx': ['onnx', 'onnxscript']}
 CHECKED, CALIBRATED = 32, 256  # images
 ROUNDING = 1e-4  # of the largest logit: a hundred times what kernels that sum in another order differ by
-
-LOAD = {  # what a user does, and what the check does
-    'torch': """\
-saved = torch.load({file!r}, weights_only=True)
-classes = saved['classes']
-{construct}
-network.load_state_dict(saved['model'])
-network.eval()
-""",
-    'safetensors': """\
-from safetensors import safe_open
-with safe_open({file!r}, 'pt') as saved:
-    classes = json.loads(saved.metadata()['classes'])
-    weights = {{name: saved.get_tensor(name) for name in saved.keys()}}
-{construct}
-network.load_state_dict(weights)
-network.eval()
-""",
-    'onnx': """\
-import onnxruntime
-session = onnxruntime.InferenceSession({file!r}, providers=['CPUExecutionProvider'])
-classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])
-network = lambda images: torch.from_numpy(session.run(None, {{'images': images.numpy()}})[0])
-""",
-    'pt2': """\
-extra = {{'meta.json': ''}}
-network = torch.export.load({file!r}, extra_files=extra).module()
-classes = json.loads(extra['meta.json'])['classes']
-""",
-    'int8': """\
-extra = {{'meta.json': ''}}
-network = torch.jit.load({file!r}, _extra_files=extra)
-classes = json.loads(extra['meta.json'])['classes']
-"""}
 
 
 def main():
@@ -89,8 +54,8 @@ def main():
 
 
 def export(options):
-    path, content, record = find(options.checkpoint)
-    args = argparse.Namespace(**vars(base_parser('').parse_args([])) | record['arguments'])
+    path, content, outputs, record = find(options.checkpoint)
+    args = argparse.Namespace(**vars(base_parser('').parse_args([])) | {'distiller': []} | record['arguments'])
     args.amp, args.channels_last, args.no_accel = 'off', False, True
     file = options.output or path.parent / (args.arch.replace(':', '-') + SUFFIX[options.format])
     if file.resolve() == path.resolve() or not file.parent.is_dir():
@@ -98,7 +63,6 @@ def export(options):
         sys.exit(f'error: cannot write {file}: {what}')
 
     # network and images
-    outputs = count_classes(content, path)
     network = shipped(args, outputs)
     checkpoint.fill(network, content, path)
     network.eval()
@@ -139,7 +103,8 @@ def export(options):
         unchecked.unlink(missing_ok=True)
     print(*rows, sep='\n')
     how = LOAD[options.format].format(file=file.name, construct=construct)
-    file.with_name(file.name + '.md').write_text(card(file, small, args, path, record, network, meta, rows, how))
+    told = facts(args, path, record, network, meta)
+    file.with_name(file.name + '.md').write_text(card(file, small, args, told, meta, rows, how))
     print(f'{file}: {file.stat().st_size:,} bytes; {file.name}.md tells of it'
           + (f'; {small}: {small.stat().st_size:,} bytes' if small else ''))
 
@@ -147,10 +112,11 @@ def export(options):
 # What is exported
 
 def find(path: Path):
-    """The weights' file, its content, and what is known of the run: arguments, seed, scores, the teacher."""
+    """The weights' file, its content, the outputs, and what is known of the run: arguments, seed, scores, teacher."""
     path = path / 'best.pth' if path.is_dir() else path
     try:
         content = checkpoint.read(path)
+        outputs = checkpoint.outputs_of(content, path)
     except ValueError as error:
         sys.exit(f'error: {error}')
     try:
@@ -166,17 +132,7 @@ def find(path: Path):
     except (KeyError, TypeError, AttributeError, ValueError):
         sys.exit(f'error: {path} does not say which network it is, and no args.json of a run lies beside it: name the '
                  'folder of a run, or a .pth file in it')
-    return path, content, record
-
-
-def count_classes(content, path) -> int:
-    """The classifier comes last in every state dict."""
-    try:
-        return [*checkpoint.weights_of(content, path).values()][-1].shape[0]
-    except ValueError as error:
-        sys.exit(f'error: {error}')
-    except IndexError:
-        sys.exit(f'error: {path} ends in no classifier that would tell the number of classes')
+    return path, content, outputs, record
 
 
 def name_classes(names, outputs, args) -> list[str]:
@@ -195,19 +151,7 @@ def shipped(args, outputs: int) -> nn.Module:
         sys.exit(f'error: a student of {" ".join(through)} is shipped with networks of models/, not {foreign[0]}')
     teacher = build(args.teacher_arch, outputs)
     student.image_size = teacher.image_size = args.image_size
-    return Distillation(student, teacher, {name: DISTILLERS[name](student, teacher, **values)
-                                           for name, values in through.items()}).shipped()
-
-
-def methods(args) -> dict[str, dict]:
-    """The hyper-parameters of each distiller of the run."""
-    return {name: {key: vars(args).get(f'{name}_{key}', parameter.default)
-                   for key, (parameter, _) in hyper_parameters(DISTILLERS[name]).items()}
-            for name in getattr(args, 'distiller', [])}
-
-
-def adapting(args) -> dict[str, dict]:
-    return {name: values for name, values in methods(args).items() if adapts(DISTILLERS[name])}
+    return Distillation(student, teacher, from_flags(DISTILLERS, through, args, student, teacher)).shipped()
 
 
 def some(images: Images, n: int, prepare) -> torch.Tensor:
@@ -276,25 +220,6 @@ def eight_bits(file: Path, network: nn.Module, args, valid: Images, prepare, met
             'training images']
 
 
-def constructor(args, outputs: int, network: nn.Module) -> str:
-    """Python that makes the network; torchvision's if it has it, which loads the weights as they are."""
-    ours = NETWORKS.get(args.arch)
-    theirs = [name for name in torchvision_names()
-              if name == args.arch.removeprefix('torchvision:') or (ours and NETWORKS.get(name) is ours)]
-    if through := adapting(args):
-        made = ', '.join(f'{name!r}: DISTILLERS[{name!r}](student, teacher, **{values!r})'
-                         for name, values in through.items())
-        return ('from distillers import DISTILLERS, Distillation\nfrom models import create_model\n'
-                f'student, teacher = create_model({args.arch!r}, {outputs}), '
-                f'create_model({args.teacher_arch!r}, {outputs})\n'
-                f'student.image_size = teacher.image_size = {args.image_size!r}\n'
-                f'network = Distillation(student, teacher, {{{made}}}).shipped()')
-    if theirs:
-        auxiliary = ', aux_logits=False' if hasattr(network, 'aux_logits') else ''
-        return f'network = torchvision.models.{theirs[0]}(num_classes={outputs}{auxiliary})'
-    return f'from models import create_model\nnetwork = create_model({args.arch!r}, {outputs})'
-
-
 def run_code(code: str):
     """The network that the card's lines load. They are made of names in our tables and of plain values."""
     scope = {'torch': torch, 'torchvision': torchvision, 'json': json}
@@ -313,97 +238,6 @@ def compare(network, loaded, images, kind: str) -> list[str]:
         if not largest <= ROUNDING * expected.abs().max() + 1e-7:
             sys.exit(f'error: the exported network is another than the original, nothing is kept; {rows[-1]}')
     return rows
-
-
-# The card
-
-CARD = """# {file}
-
-{rows}
-
-## Load it
-
-{where}
-
-```python
-import json
-
-import torch
-import torchvision
-from PIL import Image
-from torchvision.transforms import v2
-
-{how}
-prepare = v2.Compose([{resize}, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                      v2.Normalize({mean}, {std})])
-with torch.no_grad():
-    logits = network(prepare(Image.open('image.jpg').convert('RGB'))[None])
-print(classes[logits.argmax()])
-```
-{eight}
-## Checked
-
-Loaded by the lines above, against the network it was made from:
-
-{checked}
-
-## Licence
-
-The code is under the MIT licence. Weights inherit the terms of the images they were trained on, and of the weights that
-they started from or learned from: whoever uses these has to check them.
-"""
-EIGHT = """
-`{name}` is the same network in eight bits, for CPUs. In place of the network above:
-
-```python
-{how}```
-"""
-
-
-def card(file, small, args, path, record, network, meta, checked, how) -> str:
-    def score(scores):
-        return f'{scores["top1"]:.2f} % / {scores["top5"]:.2f} % of {scores["n"]}' if scores else 'not known'
-
-    def epoch(which):
-        return f' (epoch {record[which]["epoch"]})' if record.get(which) else ''
-
-    size, through = args.image_size, adapting(args)
-    scored = 'best' if path.name == 'best.pth' else 'last'
-    partly = f' and {record["sample"]} images of the next' if record.get('sample') else ''
-    start = "torchvision's ImageNet weights" if args.pretrained else args.student_resume or 'random weights'
-    rows = {'network': f'{args.arch}, {sum(p.numel() for p in network.parameters()):,} parameters'
-                       + f', those of {" ".join(through)} included' * bool(through),
-            'input': f'float32 [N, 3, {size}, {size}], any N; normalised RGB',
-            'weights': f'{path.name}{epoch(scored)}{partly}, hash {checkpoint.fingerprint(network)}; '
-                       f'started from {start}' + f'; averaged, decay {args.ema:g}' * bool(args.ema),
-            'data': 'made-up images' if record['arguments']['dummy'] else
-                    f'{args.dataset} {record["arguments"]["data"]}, {len(meta["classes"])} classes',
-            'top-1 / top-5, best': score(record.get('best')) + epoch('best'),
-            'top-1 / top-5, last': score(record.get('last')) + epoch('last')}
-    if 'teacher' in record:
-        rows['teacher (hash)'] = f'{record["teacher"]}; {args.teacher_resume or "no file of weights was named"}'
-        rows["teacher's top-1 / top-5"] = score((record.get('last') or {}).get('teacher')
-                                                or record['start'].get('scores', {}).get('teacher'))
-        for name, values in methods(args).items():
-            rows[f'method: {name}'] = ', '.join(f'{key} {value}' for key, value in values.items())
-        own = [DISTILLERS[name].default_ce_weight for name in args.distiller]
-        weight = args.ce_weight if args.ce_weight is not None else own[0] if len(own) == 1 else 1.0
-        rows["factor of the labels' cross entropy"] = weight
-    rows |= {'seed': record.get('seed'), 'command': f'`{record.get("command")}`',
-             'code': record.get('git') or 'not known',
-             'trained with': ', '.join(f'{k} {v}' for k, v in record.get('versions', {}).items()) or 'not known',
-             'exported with': f'torch {torch.__version__}, torchvision {torchvision.__version__}, code '
-                              f'{git_revision()}'}
-    where = ('It takes a checkout of the repository: the student predicts through layers of its method.'
-             if 'from distillers' in how else
-             'It takes the folder `models/` of the repository, which needs nothing but torch and torchvision.'
-             if 'from models' in how else 'It takes nothing of the repository.')
-    eight = small and EIGHT.format(name=small.name, how=LOAD['int8'].format(file=small.name))
-    resize = (f'v2.Resize({round(size * 256 / 224)}), v2.CenterCrop({size})' if args.dataset == 'imagefolder' else
-              f'v2.Resize(({size}, {size}))')
-    table = '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows.items())])
-    return CARD.format(file=file.name, rows=table, where=where, how=how, resize=resize, mean=meta['mean'],
-                       std=meta['std'], eight=eight or '', checked='\n'.join(f'* {row}' for row in checked))
 
 
 if __name__ == '__main__':

@@ -112,6 +112,14 @@ def weights_of(content, path) -> dict:
     return content
 
 
+def outputs_of(content, path) -> int:
+    """How many outputs a network with these weights has: the classifier comes last in every state dict."""
+    last = [*weights_of(content, path).values()][-1]
+    if not last.ndim:
+        raise ValueError(f'{path} ends in no classifier that would tell the number of classes')
+    return len(last)
+
+
 def fit(network: nn.Module, weights: dict, path):
     """Load weights that fit exactly, or say in one line which do not."""
     own = network.state_dict()
