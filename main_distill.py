@@ -51,6 +51,8 @@ def main():
                    help="train under a copy of the teacher with its BatchNorms in its convolutions")
     g.add_argument('--teacher-amp', choices=('off', 'bf16', 'fp16'),
                    help='precision of the teacher that trains the student (default: as --amp)')
+    g.add_argument('--teacher-stream', **on,
+                   help='the teacher works beside the student on the GPU: for small networks, with --cuda-graph')
     g.add_argument('--skip-first-evaluation', action='store_true', help='do not score both networks at the start')
     g.add_argument('--list-distillers', action='store_true', help='print every method with its paper and flags')
     add_flags(parser, DISTILLERS)
@@ -76,8 +78,9 @@ def main():
         if needy := [name for name in args.distiller if not reads_outputs(DISTILLERS[name])]:
             parser.error("--cache-teacher keeps a frozen teacher's logits and pooled features, but more is read by "
                          f'--distiller {" ".join(needy)}')
-        if args.fold_teacher or args.teacher_amp:
-            parser.error('--cache-teacher spares the teacher that --fold-teacher and --teacher-amp would make faster')
+        if args.fold_teacher or args.teacher_amp or args.teacher_stream:
+            parser.error('--cache-teacher spares the teacher that --fold-teacher, --teacher-amp and --teacher-stream '
+                         'would make faster')
     distributed.launch(inspection.worker if args.inspect else worker, args)
 
 
@@ -121,6 +124,8 @@ def worker(args, device):
             distillation.know(torch.tensor(train.images.source.targets, device=device))
         if args.cache_teacher == 'off' and not args.evaluate:
             distillation.stand_in = lean_teacher(distillation, teacher, device, args)
+        if args.teacher_stream:
+            distillation.teach_beside(device)
     except ValueError as error:  # a pair, or data, that a method cannot work with
         sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
     network = distillation.shipped()

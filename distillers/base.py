@@ -79,14 +79,17 @@ class Distillation(nn.Module):
         reads = [distiller.teacher_reads for distiller in methods]
         self.unread = [] if None in reads else [f for f in ('preact', 'maps') if f not in {*chain(*reads)}]
         self.stand_in = None  # to ask in place of the teacher: a TeacherCache or a LeanTeacher
+        self.stream = None  # of a GPU, for the teacher alone: it works while the student does
 
     def forward(self, batch):
         with (torch.set_grad_enabled(self.trains_teacher), by_the_batch(self.teacher, self.batch_statistics),
-              timed('teacher')):
+              beside(self.stream), timed('teacher')):
             t = self.stand_in(batch) if self.stand_in else self.teacher(batch.images, features=True)
         t = t._replace(**{field: [] for field in self.unread})  # frees maps before the student makes its own
         with timed('student'):
             own = self.student(batch.images, features=True)
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
         s = adapt(self.distillers.values(), own)
         logits = s.logits
         losses = {'ce': self.cross_entropy(logits, batch)}
@@ -110,6 +113,11 @@ class Distillation(nn.Module):
         """What is evaluated and given away: the student, with the methods that it predicts through."""
         through = {name: distiller for name, distiller in self.distillers.items() if adapts(type(distiller))}
         return Adapted(self.student, through) if through else self.student
+
+    def teach_beside(self, device: torch.device):
+        if device.type != 'cuda' or self.trains_teacher:
+            raise ValueError('--teacher-stream is for a GPU, and for a teacher that does not learn')
+        self.stream = torch.cuda.Stream(device)
 
     @property
     def teacher_stands_still(self) -> bool:
@@ -183,6 +191,17 @@ def by_the_batch(network: nn.Module, enabled: bool):
     finally:
         for norm in norms:
             norm.training, norm.track_running_stats = False, True
+
+
+@contextmanager
+def beside(stream):
+    """On a stream of its own, after what was asked of the device before; so its memory is free when it starts anew."""
+    if stream is None:
+        yield
+    else:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
 
 
 @contextmanager

@@ -78,3 +78,8 @@ def test_what_does_not_go_with_it(distill, flags):
 def test_it_needs_a_gpu(distill):
     run = distill(*TINY, '--distiller', 'kd', '--cuda-graph', quick=False)
     assert run.code == 1 and '--cuda-graph needs a GPU' in run.err
+
+
+def test_a_stream_for_the_teacher_needs_a_gpu(distill):
+    run = distill(*TINY, '--distiller', 'dml', '--teacher-stream', '--no-accel', quick=False)
+    assert run.code == 1 and '--teacher-stream is for a GPU' in run.err
