@@ -36,7 +36,7 @@ profile() {  # NAME SECONDS FLAGS...
 
 nvidia-smi > "$out/nvidia-smi.log" 2>&1
 # Whether it is right comes before how fast it is. One process: several would share the memory.
-part test_cuda 120 "$python" -m pytest -o addopts= -ra -q tests/test_cuda.py
+part test_cuda 150 "$python" -m pytest -o addopts= -ra -q tests/test_cuda.py
 bench mgd-step 90
 profile profile-bf16 60 --amp bf16
 bench throughput 170  # five runs of the script

@@ -14,6 +14,7 @@ import main_base
 import main_distill
 from models import create_model
 from utils import engine, signals, together
+from utils.guard import Guard
 
 ALONE = ['--epochs', 2, '--lr', 0.02, '-j', 0, '--no-tensorboard', '--no-accel', '-p', 1]
 CIFAR = [*ALONE, '--dataset', 'cifar10', '--dummy', '--dummy-images', 10, '-b', 4, '--arch', 'resnet8']
@@ -94,9 +95,9 @@ def seen(monkeypatch):
     """(task, data) of every epoch that was trained."""
     epochs, genuine = [], engine.train_one_epoch
 
-    def train_one_epoch(task, data, *rest):
-        epochs.append((task, data))
-        return genuine(task, data, *rest)
+    def train_one_epoch(learner, data, *rest):
+        epochs.append((learner.task, data))
+        return genuine(learner, data, *rest)
     for script in (main_base, main_distill):
         monkeypatch.setattr(script, 'train_one_epoch', train_one_epoch)
     return epochs
@@ -188,13 +189,13 @@ def not_a_number(monkeypatch):
 
 
 def no_memory(monkeypatch):
-    genuine = engine.Guard.update
+    genuine = Guard.update
 
     def update(*args):
         if threading.current_thread().name == 'seed 1':
             raise RuntimeError('out of memory')
         return genuine(*args)
-    monkeypatch.setattr(engine.Guard, 'update', update)
+    monkeypatch.setattr(Guard, 'update', update)
 
 
 @pytest.mark.parametrize('breaks, code, says', [(not_a_number, engine.EXIT_BROKEN, 'error: loss ce is nan in epoch 0'),

@@ -19,6 +19,8 @@ from .resident import Resident
 from .sources import Shards, load_or_next, load_source
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
+EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
+
 
 class Batch(NamedTuple):
     images: torch.Tensor   # [N, 3, H, W], uint8 from the loader, normalised floats from Prepare
@@ -210,6 +212,8 @@ def load_data(args, seed: int, device: torch.device):
     resident = together.shared('on device', lambda: on_device(args, train, device))  # what is there takes memory
     folder = args.dataset == 'imagefolder'
     plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
+    if resident and not folder:
+        share = max(share, EVALUATED)
 
     def loaders(source, *views_and_orders):
         if not resident or (folder and source is valid):
