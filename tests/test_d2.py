@@ -230,7 +230,7 @@ def test_a_view_is_a_network_of_the_distillers(teachers):
     detector = distilled(teachers).teacher
     view = View(detector, ('res3', 'p4'))
     shown = probe(view)
-    assert [tuple(x.shape) for x in shown.maps] == [(1, 512, 16, 16), (1, 32, 8, 8)] and len(shown.logits) == 1
+    assert [tuple(x.shape) for x in shown.maps] == [(1, 512, 32, 32), (1, 32, 16, 16)] and len(shown.logits) == 1
     assert view.feature_channels == [512, 32] and view.classifier is None
     assert view.feature_norms == [detector.backbone.bottom_up.res3[-1].conv3.norm, None]
     assert View(detector, ('res3',), measure_margins=True).feature_norms == [None]
