@@ -3,13 +3,20 @@
 Its tensors have a shape and a device, and no values: an operation that mixes devices fails, and so does one that would
 have to wait for a value. Backward passes ask the driver for a stream, so they are not among it.
 """
+import sys
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 import zoo
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.parallel import DataParallel
 
 from distillers import DISTILLERS, Distillation, Distiller
+from distillers.base import probe
 from distillers.cache import Table, TeacherCache
+from utils import distributed
 from utils.data import Batch
 from utils.guard import Guard
 from utils.meters import hits
@@ -92,3 +99,88 @@ def test_views_and_cached_logits(valueless):
         images = resident.views(numbers, numbers)
         assert images.shape == (8, 3, 32, 32) and images.device == GPU
         assert cache(Batch(images, numbers, numbers, numbers, view=numbers)).logits.device == GPU
+
+
+# Several GPUs in one process
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Three, as DataParallel sees them; what it computes there it computes on the CPU, in threads as there."""
+    def twin(module):
+        new = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            setattr(new, name, twin(child))
+        for name, value in module._parameters.items():
+            setattr(new, name, value)
+        return new
+
+    def apply(self, replicas, inputs, kwargs):
+        autocast, grad, outputs = torch.is_autocast_enabled('cuda'), torch.is_grad_enabled(), {}
+
+        def work(i):
+            with torch.set_grad_enabled(grad), torch.autocast('cuda', enabled=autocast):
+                outputs[i] = replicas[i](*inputs[i], **kwargs[i])
+        for i in range(len(replicas)):
+            thread = threading.Thread(target=work, args=(i,))
+            thread.start()
+            thread.join()
+        return [outputs[i] for i in range(len(replicas))]
+
+    monkeypatch.setattr(DataParallel, 'replicate', lambda self, network, gpus: [twin(network) for _ in gpus])
+    monkeypatch.setattr(DataParallel, 'parallel_apply', apply)
+    for name, stand_in in {'nn.parallel.scatter_gather.Scatter': lambda gpus, _, dim, x: x.chunk(len(gpus), dim),
+                           'nn.parallel.scatter_gather.Gather': lambda _, dim, *parts: torch.cat(parts, dim)}.items():
+        monkeypatch.setattr(f'torch.{name}.apply', stand_in)
+    for name, answer in {'device_count': 3, 'is_available': True, 'is_bf16_supported': True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(sys.modules[DataParallel.__module__], '_check_balance', lambda gpus: None)
+
+
+def replicas(network):
+    parallel = distributed.replicated(network, GPU, SimpleNamespace(gpu=None, compile=False))
+    parallel.src_device_obj = torch.device('cpu')
+    return parallel
+
+
+@pytest.mark.parametrize('images', [1, 4, 6])  # which reach one of the three, two, and all of them
+def test_a_batch_need_not_fill_the_gpus(gpus, images):
+    student, teacher = zoo.make('same')
+    batch, methods = zoo.make_batch(images), {'mgd': DISTILLERS['mgd'](student, teacher)}
+    expected = Distillation(student, teacher, methods).eval()(batch)
+    task = Distillation(replicas(student), replicas(teacher), methods).eval()
+    torch.testing.assert_close(task(batch), expected)
+    assert probe(task.teacher).logits.shape == (1, zoo.CLASSES)
+    torch.testing.assert_close([*task.pairs([batch])], [*Distillation(student, teacher, methods).pairs([batch])])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, None])
+def test_every_gpu_computes_in_the_precision_asked_for(gpus, dtype):
+    seen = []
+
+    class Network(zoo.Tiny):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda'))
+            return super().forward(x)
+
+    with torch.autocast('cuda', dtype, enabled=dtype is not None):
+        replicas(Network(**zoo.THREE))(zoo.make_batch().images)
+    assert seen == [dtype or False] * 3
+
+
+def test_compiled_networks_are_not_replicated(gpus):
+    with pytest.raises(SystemExit, match='--compile needs one process per GPU'):
+        distributed.replicated(zoo.make('same')[0], GPU, SimpleNamespace(gpu=None, compile='default'))
+
+
+def test_what_a_rank_has_on_the_host_stays_there(monkeypatch):
+    """DistributedDataParallel brings all of a batch to a device it is told of, and waits until that is done."""
+    told = {}
+
+    class Parallel:
+        def __init__(self, module, device_ids=None, output_device=None, **others):
+            told.update(device_ids=device_ids, output_device=output_device)
+
+    monkeypatch.setattr(distributed, 'DistributedDataParallel', Parallel)
+    monkeypatch.setattr(distributed.dist, 'is_initialized', lambda: True)
+    distributed.wrap(zoo.make('same')[0], GPU, SimpleNamespace(sync_bn=False))
+    assert told == {'device_ids': None, 'output_device': None}

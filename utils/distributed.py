@@ -247,8 +247,8 @@ def wrap(task, device, args):
     if dist.is_initialized():
         new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15 on
         buffers = 'forward_sync_buffers' if new else 'broadcast_buffers'
-        return DistributedDataParallel(task, device_ids=[device.index] if device.type == 'cuda' else None,
-                                       gradient_as_bucket_view=True, **{buffers: False})
+        # Without device_ids: told of a device, it would bring there what of a batch is on the host, and wait for it.
+        return DistributedDataParallel(task, gradient_as_bucket_view=True, **{buffers: False})
     task.student = replicated(task.student, device, args)
     return task
 
@@ -256,7 +256,28 @@ def wrap(task, device, args):
 def replicated(network, device, args):
     """DataParallel where one process was started without a word and sees several GPUs, else the network as it is."""
     alone = device.type == 'cuda' and args.gpu is None and not dist.is_initialized()
-    return DataParallel(network) if alone and torch.cuda.device_count() > 1 else network
+    if not alone or torch.cuda.device_count() < 2:
+        return network
+    if args.compile:  # a replica would run what was compiled for the first GPU
+        sys.exit('error: --compile needs one process per GPU (torchrun, --multiprocessing-distributed), or --gpu N')
+    return Replicas(network)
+
+
+class Replicas(DataParallel):
+    """On as many GPUs as there are images for, with the keywords as they are, in the precision of autocast.
+
+    Left to itself, DataParallel calls replicas without images where there are keywords, and its threads know of
+    autocast that it is on, not in which precision: that would be float16.
+    """
+
+    def scatter(self, inputs, kwargs, device_ids):
+        inputs, _ = super().scatter(inputs, {}, device_ids)
+        return inputs, [kwargs] * len(inputs)
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        dtype, enabled = torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda')
+        calls = [torch.autocast('cuda', dtype, enabled=enabled)(replica.__call__) for replica in replicas]
+        return super().parallel_apply(calls, inputs, kwargs)
 
 
 def accumulating(task, last: bool):
