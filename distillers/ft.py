@@ -75,7 +75,8 @@ class FT(Distiller):
                 gradients = torch.autograd.grad(loss, parameters)
                 error += loss.detach()
             for p, gradient in zip(parameters, gradients):
-                p.grad = distributed.total(gradient) / count
+                # Numbers are summed as they lie in memory: in one order on all ranks, those without images, too.
+                p.grad = distributed.total(gradient.contiguous()) / count
             optimizer.step()
             seen += count
         if not seen:

@@ -482,12 +482,20 @@ def test_ft_refuses_a_last_map_of_one_pixel():
 SHARES = [[range(3), range(6, 8)], [range(3, 6)]]  # one batch more on rank 0
 
 
+def channels_last(pairs):
+    """As a student's and a teacher's maps are under --channels-last, and with them the gradients of convolutions."""
+    def looks():
+        for s, t in pairs():
+            yield tuple(x._replace(maps=[f.to(memory_format=torch.channels_last) for f in x.maps]) for x in (s, t))
+    return looks
+
+
 def rank(number, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=number, world_size=world)
     torch.manual_seed(0)
     method = FT(*zoo.make('narrower'), paraphraser_epochs=3)
-    method.start_epoch(1, some_pairs(batches_of(SHARES[number])))
+    method.start_epoch(1, channels_last(some_pairs(batches_of(SHARES[number]))))
     torch.save([method.state_dict(), [row['mse'] for row in method.report]], f'{folder}/{number}')
     for name in HERE:
         student, teacher = zoo.make('later head')

@@ -10,6 +10,7 @@ from utils.args import base_parser, check
 from utils.guard import Guard
 from utils.meters import Meter
 from utils.optim import learning_rate, make_ema, make_optimizer, total_epochs
+from utils.run import Run
 
 
 def arguments(*flags):
@@ -97,6 +98,34 @@ def test_updates_are_torchs_and_a_bad_one_does_not_happen(flags, reference):
             assert not bad or torch.equal(p, before[name])
     for a, b in zip(ours.parameters(), theirs.parameters()):
         assert torch.allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw', 'dot'])
+def test_an_optimizer_goes_on_in_another_layout_of_the_weights(name, capsys):
+    """--resume PATH --channels-last: fused steps take all there is of a weight for laid out as it is."""
+    def made(layout):
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        return network, make_optimizer(network, arguments('--optimizer', name))
+
+    def step(network, optimizer):
+        losses = [network(torch.ones(1, 3, 4, 4)).square().mean(), network(torch.eye(4).expand(1, 3, 4, 4)).mean()]
+        if name == 'dot':
+            optimizer.split(*losses)
+        sum(losses).backward()
+        Guard(torch.device('cpu')).update(optimizer, torch.amp.GradScaler('cpu', enabled=False))
+
+    network, optimizer = made(torch.contiguous_format)
+    step(network, optimizer)
+    saved = {'model': network.state_dict(), 'optimizer': optimizer.state_dict(), 'facts': {},
+             'progress': {'epoch': 1, 'sample': 0}}
+    run, (other, resumed) = object.__new__(Run), made(torch.channels_last)
+    run.saved, run.facts, run.origin = copy.deepcopy(saved), {}, 'checkpoint.pth'
+    run.restore(model=other, optimizer=resumed)
+    for pair in (network, optimizer), (other, resumed):
+        step(*pair)
+    assert other.weight.stride() != network.weight.stride()
+    torch.testing.assert_close(other.state_dict(), network.state_dict())
 
 
 @pytest.mark.parametrize('amp', [False, True])

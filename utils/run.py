@@ -108,6 +108,9 @@ class Run:
                     part.load_state_dict(self.saved[name])
                     for group, values in zip(part.param_groups, asked):
                         group.update(values)  # state comes from the file, hyper-parameters from the command line
+                    for p, state in part.state.items():  # laid out as p, which fused steps rely on: --channels-last
+                        state.update((key, torch.empty_like(p).copy_(value)) for key, value in state.items()
+                                     if isinstance(value, torch.Tensor) and value.shape == p.shape)
                 else:
                     part.load_state_dict(self.saved[name])
             except (KeyError, ValueError, RuntimeError) as error:
