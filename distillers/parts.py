@@ -37,8 +37,23 @@ def stage_pairs(student: nn.Module, teacher: nn.Module, by: str = 'depth') -> li
 def smaller(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps at the size of the smaller one, in float32; the larger is averaged down to it."""
     size = [min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:])]
-    return tuple(f.float() if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f.float(), size)
-                 for f in (f_s, f_t))
+    return tuple(f.float() if list(f.shape[2:]) == size else averaged(f.float(), size) for f in (f_s, f_t))
+
+
+def averaged(f: Tensor, size: list[int]) -> Tensor:
+    """adaptive_avg_pool2d, of which a GPU refuses the way back under --deterministic.
+
+    Where the sides are multiples a plain pool is the same, and elsewhere, then, means along one side and the other are.
+    """
+    sides = f.shape[2:]
+    if all(old % new == 0 for old, new in zip(sides, size)):
+        return F.avg_pool2d(f, [old // new for old, new in zip(sides, size)])
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(f, size)
+    for dim, (old, new) in enumerate(zip(sides, size), 2):
+        spans = [(i * old // new, -(-(i + 1) * old // new)) for i in range(new)]
+        f = torch.stack([f.narrow(dim, begin, end - begin).mean(dim) for begin, end in spans], dim)
+    return f
 
 
 def refuse_single_pixels(student: nn.Module, teacher: nn.Module, pairing: list[tuple[int, int]]):

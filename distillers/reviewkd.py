@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Distiller, positive, probe
-from .parts import conv_bn, stage_pairs
+from .parts import averaged, conv_bn, stage_pairs
 
 
 class ReviewKD(Distiller):
@@ -85,5 +85,5 @@ def hcl(a: Tensor, b: Tensor) -> Tensor:
         if size < min(a.shape[2:]):
             share /= 2
             total += share
-            loss = loss + share * F.mse_loss(F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size))
+            loss = loss + share * F.mse_loss(*(averaged(f, [size, size]) for f in (a, b)))
     return loss / total

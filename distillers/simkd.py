@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Distiller, positive, probe
-from .parts import conv_bn, smaller
+from .parts import averaged, conv_bn, smaller
 
 
 class SimKD(Distiller):
@@ -38,7 +38,7 @@ class SimKD(Distiller):
     def adapt(self, s):
         # The teacher is not there when the student is evaluated: its size is the one it had in proportion.
         size = [min(h, max(1, round(h * h_t / h_s))) for h, h_s, h_t in zip(s.head.shape[2:], self.size_s, self.size_t)]
-        f_s = s.head if size == list(s.head.shape[2:]) else F.adaptive_avg_pool2d(s.head, size)
+        f_s = s.head if size == list(s.head.shape[2:]) else averaged(s.head, size)
         f_s = self.projector(f_s)
         pooled = f_s.mean((2, 3))
         return s._replace(logits=self.classifier(pooled), pooled=pooled, head=f_s)

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.parallel import DataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillers import DISTILLERS, Distillation, Distiller
 from distillers.base import probe
 from distillers.cache import Table, TeacherCache
+from distillers.parts import averaged
 from utils import distributed
 from utils.data import Batch
 from utils.guard import Guard
@@ -69,6 +72,57 @@ def test_a_method_stays_on_the_device_and_waits_for_nothing(valueless, name):
 
 def test_standardized_logits(valueless):
     assert {x.device for x in step(valueless, DISTILLERS['dkd'], standardize=True)} == {GPU}
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that are done meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+# On a GPU these are refused under --deterministic. Not among them is upsample_bilinear2d_backward, as interpolate goes
+# another way then.
+UNSTEADY = {'_adaptive_avg_pool2d_backward', 'adaptive_max_pool2d_backward', '_upsample_bilinear2d_aa_backward',
+            'upsample_bicubic2d_backward', 'grid_sampler_2d_backward', 'reflection_pad2d_backward', 'max_unpool2d',
+            'nll_loss2d_forward', 'scatter_reduce', 'put_', 'histc', 'median'}
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_a_method_can_be_deterministic(deterministic, name):
+    """Of any pair: both have maps that the other has not, and at 28 pixels sides that are no multiples."""
+    with Operations() as done:
+        for pair in zoo.PAIRS:
+            student, teacher = zoo.make(pair)
+            student.image_size = teacher.image_size = 28
+            try:
+                method = DISTILLERS[name](student, teacher)
+            except ValueError:  # not of this pair
+                continue
+            task = Distillation(student, teacher, {name: method})
+            task.know(torch.arange(20) % zoo.CLASSES)
+            sum(task(zoo.make_batch(size=28))[1].values()).backward()
+    assert 'convolution_backward' in done.names and not done.names & UNSTEADY
+
+
+@pytest.mark.parametrize('shape, size', [((8, 4), (4, 2)), ((7, 7), (4, 4)), ((14, 9), (5, 1)), ((3, 4), (7, 4))])
+def test_averages_are_those_of_an_adaptive_pool(deterministic, shape, size):
+    f = torch.randn(2, 3, *shape, dtype=torch.float64)
+    torch.testing.assert_close(averaged(f, size), F.adaptive_avg_pool2d(f, size))
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(averaged(f, size), F.adaptive_avg_pool2d(f, size))
 
 
 class Mixes(Distiller):
