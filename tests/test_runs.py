@@ -12,6 +12,7 @@ import main_base
 from models import create_model
 from utils import signals
 from utils.data import Images
+from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
 from utils.sources import Folder
 from utils.views import CenterView
@@ -268,6 +269,15 @@ def test_deterministic_channels_last_and_compile_run(base, plain, tmp_path):
             moved += (slow[key] - value).square().sum()
             apart += (slow[key] - other[key]).square().sum()
         assert apart < 1e-3 * moved, flag
+
+
+def test_what_cannot_be_deterministic_is_named(base, plain, tmp_path, monkeypatch):
+    def forward(self, batch):
+        return torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+    monkeypatch.setattr(Supervised, 'forward', forward)
+    run = base(*plain, '--deterministic', '--output', tmp_path)
+    torch.use_deterministic_algorithms(False)
+    assert (run.code, run.err) == (1, 'error: --deterministic: put_ does not have a deterministic implementation\n')
 
 
 def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):

@@ -124,6 +124,8 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
+        if 'have a deterministic implementation' in str(error):
+            sys.exit(f'error: --deterministic: {str(error).partition(",")[0]}')
         if not any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):
             raise
         print(f'error: rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
