@@ -82,6 +82,7 @@ def sign(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1.0, 1.0)
 
 
+@torch.compiler.disable  # the solver has a look at its results on the host, which no CUDA graph can hold
 def right_vectors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[N, M, D] -> right singular vectors [N, D, k] of the k largest singular values, and these, [N, k].
 

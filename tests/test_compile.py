@@ -83,6 +83,18 @@ def test_a_warm_up_is_compiled_once(name):
     assert losses == pytest.approx([losses[3] * share for share in (1 / 20, 2 / 20, 1, 1)], rel=1e-5)
 
 
+def test_singular_values_are_in_no_graph():
+    student, teacher = zoo.make('same')
+    method, operations = DISTILLERS['kdsvd'](student, teacher), []
+
+    def listed(graph, inputs):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+    method.compile(backend=listed, dynamic=False)
+    Distillation(student, teacher, {'kdsvd': method})(zoo.make_batch())
+    assert operations and not any('svd' in operation for operation in operations)
+
+
 def test_dot_goes_back_twice_through_compiled_graphs(distill, tmp_path, monkeypatch):
     traced(monkeypatch)
     eager, compiled = (distill(*TINY, '--optimizer', 'dot', *flags, '--output', tmp_path / str(len(flags)))

@@ -200,7 +200,7 @@ def test_a_run_learns_what_it_does_on_a_cpu(distill, teacher, loss_on_cpu, tmp_p
         assert ours['valid']['n'] == theirs['valid']['n']
 
 
-@pytest.mark.parametrize('name', ['kd', 'crd', 'reviewkd', 'mgd'])  # it takes some seconds each
+@pytest.mark.parametrize('name', ['kd', 'crd', 'kdsvd', 'reviewkd', 'mgd'])  # it takes some seconds each
 def test_a_method_is_the_same_as_a_cuda_graph(name):
     torch._dynamo.reset()
     assert_alike(gradients(name, GPU), gradients(name, GPU, 'reduce-overhead'), 1e-3)
