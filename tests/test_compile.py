@@ -95,6 +95,15 @@ def test_singular_values_are_in_no_graph():
     assert operations and not any('svd' in operation for operation in operations)
 
 
+def test_cuda_graphs_start_anew_with_each_batch(distill, tmp_path, monkeypatch):
+    """Else an evaluation, which holds the logits of the batch before, records a graph behind the other for each."""
+    traced(monkeypatch)
+    marks = []
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: marks.append(1))
+    run = distill(*TINY, '--dummy-images', 24, '--compile', 'reduce-overhead', '--output', tmp_path)
+    assert run.code == 0 and len(marks) == 6 + 2, run.err  # of 24 images, and of a quarter as many
+
+
 def test_dot_goes_back_twice_through_compiled_graphs(distill, tmp_path, monkeypatch):
     traced(monkeypatch)
     eager, compiled = (distill(*TINY, '--optimizer', 'dot', *flags, '--output', tmp_path / str(len(flags)))

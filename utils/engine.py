@@ -117,6 +117,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
     began = time.time()
     for batch in loader:
         together.hand_over()
+        begin_update(args)
         if signals.caught():
             break
         if (batch.bad >= 0).any():  # a score with another image in its place would be another data set's

@@ -65,6 +65,6 @@ def compiled(module: nn.Module, args) -> nn.Module:
 
 
 def begin_update(args):
-    """CUDA graphs write where they wrote before: from here on, what came out in earlier updates is not needed."""
+    """CUDA graphs write where they wrote before: from here on, what came out before is not needed."""
     if args.compile:
         torch.compiler.cudagraph_mark_step_begin()
