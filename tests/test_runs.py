@@ -280,6 +280,15 @@ def test_what_cannot_be_deterministic_is_named(base, plain, tmp_path, monkeypatc
     assert (run.code, run.err) == (1, 'error: --deterministic: put_ does not have a deterministic implementation\n')
 
 
+def test_no_memory_is_one_line(base, images, tmp_path, monkeypatch):
+    def forward(self, batch):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a capacity of 8 GiB')
+    monkeypatch.setattr(Supervised, 'forward', forward)
+    run = base(images, '--output', tmp_path)
+    assert run.code == 1 and len(run.err.splitlines()) == 1
+    assert run.err.startswith('error: rank 0: CUDA out of memory. Tried to allocate 9.00 GiB: take a smaller -b')
+
+
 def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):
     weights = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
     torch.manual_seed(0)

@@ -239,7 +239,8 @@ def check_seeds(parser, args):
     if len(set(args.seeds)) < len(args.seeds):
         parser.error('--seeds names a seed twice')
     others = {'--seed': args.seed is not None, '--evaluate': args.evaluate, '--world-size': args.world_size > 1,
-              '--multiprocessing-distributed': args.multiprocessing_distributed, 'torchrun': 'RANK' in os.environ}
+              '--multiprocessing-distributed': args.multiprocessing_distributed, 'torchrun': 'RANK' in os.environ,
+              f'--compile {args.compile}': args.compile not in (False, 'default')}  # graphs that belong to one thread
     if other := next((name for name, given in others.items() if given), None):
         parser.error(f'--seeds trains several runs in one process, not together with {other}')
 

@@ -124,15 +124,26 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if 'have a deterministic implementation' in str(error):
-            sys.exit(f'error: --deterministic: {str(error).partition(",")[0]}')
-        if not any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):
+        if not (said := in_words(error, rank, args)):
             raise
-        print(f'error: rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
-              f'seconds), was killed, or has told its own error. {str(error).splitlines()[0]}', file=sys.stderr)
+        print(f'error: {said}', file=sys.stderr, flush=True)
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def in_words(error: RuntimeError, rank: int, args) -> str:
+    """An error of the device or of another rank, for the user; nothing of one whose traceback is needed."""
+    text = str(error).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return (f'rank {rank}: {". ".join(text.split(". ")[:2])}: take a smaller -b (with --accum-steps, if the global '
+                'batch is to stay), or --amp bf16; --inspect measures beforehand')
+    if 'have a deterministic implementation' in text:
+        return f'--deterministic: {text.partition(",")[0]}'
+    if any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):
+        return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
+                f'seconds), was killed, or has told its own error. {text}')
+    return ''
 
 
 def restarts() -> int:
