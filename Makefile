@@ -23,7 +23,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 
 bench: $(VENV)/.plots
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --rounds 5
 
 # A stamp per set of packages: installed again when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml
