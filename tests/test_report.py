@@ -206,7 +206,7 @@ def test_predictions_are_each_image_once(monkeypatch):
     loader = Loader([Batch([4, 0, 6]), Batch([2, 1, 3, 5])])
     loader.dataset = type('Images', (), {'source': Source, '__len__': lambda self: 7})()
     scores = evaluate({'student': torch.nn.Identity()}, loader, lambda batch: batch, torch.device('cpu'),
-                      type('Args', (), {'amp': 'off'}))
+                      type('Args', (), {'amp': 'off', 'compile': False}))
     guess, sure = scores['predictions']['student']
     for i, row in enumerate(images.tolist()):
         powers = [math.exp(x) for x in row]
