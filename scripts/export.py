@@ -213,6 +213,8 @@ def eight_bits(file: Path, network: nn.Module, args, valid: Images, prepare, met
     scores = evaluate({'float': network, 'int8': eight}, loader, prepare, images.device, args)
     if scores is None:
         sys.exit(signals.EXIT_INTERRUPTED)
+    if 'unreadable' in scores:
+        sys.exit(f'error: cannot evaluate: {scores["unreadable"]}')
     torch.jit.save(torch.jit.trace(eight, images[:2]), file, _extra_files={'meta.json': json.dumps(meta)})
     return [*(f'{name}: top-1 {scores[name]["top1"]:.2f} %, top-5 {scores[name]["top5"]:.2f} % of {len(valid)} '
               'validation images' for name in ('float', 'int8')),

@@ -275,3 +275,14 @@ def test_an_evaluation_never_replaces(spoiled, base, tmp_path):
     run = base(spoiled, '-e')
     assert run.code == 1 and 'cannot evaluate' in run.err and 'cat/1.jpg cannot be read' in run.err
     assert 'top1' not in run.out
+
+
+def test_an_epoch_before_an_unreadable_evaluation_is_kept(spoiled, base, tmp_path):
+    image = spoiled / 'valid' / 'cat' / '1.jpg'
+    whole = image.read_bytes()
+    image.write_bytes(b'')
+    run = base(spoiled, '--epochs', 1, '--output', tmp_path / 'run')
+    assert run.code == 1 and 'cannot evaluate' in run.err and (run.folder / 'checkpoint.pth').exists()
+    image.write_bytes(whole)
+    again = base(spoiled, '--epochs', 1, '--output', tmp_path / 'run')
+    assert again.code == 0 and 'resumed from' in again.out and 'Epoch 0 [' not in again.out

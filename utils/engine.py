@@ -105,7 +105,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
 
     {name: {'top1', 'top5' (percent), 'loss', 'correct1', 'correct5', 'n'}}, 'agreement' (percent of equal guesses)
     where there are several, 'seconds', and 'predictions': by name [2, n], of each sample the guess and how sure it was.
-    None where a signal asks to stop.
+    None where a signal asks to stop; {'unreadable': why} where an image cannot be read.
     """
     for network in networks.values():
         distributed.sync_buffers(network)
@@ -136,7 +136,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
         seen += len(batch.target)
     for complaint in distributed.gather(unreadable):
         if complaint:
-            distributed.stop(f'cannot evaluate: {complaint}')
+            return {'unreadable': complaint}
     seen, stop = distributed.agree(seen, signals.caught())
     counts, losses, agree = (distributed.total(x).tolist() for x in (counts, losses, agree))
     told, source = distributed.total(told), loader.dataset.source

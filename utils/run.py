@@ -175,9 +175,9 @@ class Run:
     def end_epoch(self, scores: dict | None):
         """Write down a finished epoch: weights, log, result, checkpoint, in an order that a crash cannot spoil."""
         progress = self.progress
-        if scores is None:  # a signal came: the epoch's training is done, its evaluation is not
+        if scores is None or 'unreadable' in scores:  # the epoch's training is done, its evaluation is not
             self.save()
-            self.interrupt()
+            self.refuse(scores)
         predictions, seconds = scores.pop('predictions'), scores.pop('seconds')
         epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
@@ -221,10 +221,16 @@ class Run:
             self.writer.add_scalar('lr', record['lr'], record['epoch'])
             self.writer.flush()
 
+    def refuse(self, scores: dict | None):
+        """End for want of scores: a signal came, or an image cannot be read."""
+        if scores:
+            distributed.stop(f'cannot evaluate: {scores["unreadable"]}')
+        sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
+
     def report(self, scores: dict | None, file: str = 'evaluate.json'):
         """Print the scores of --evaluate, or of the start of a run, and leave them in --output if that was given."""
-        if scores is None:
-            sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
+        if scores is None or 'unreadable' in scores:
+            self.refuse(scores)
         predictions, _ = scores.pop('predictions'), scores.pop('seconds')
         for name, score in scores.items():
             distributed.say(f'{name}: {score:.2f} %' if name == 'agreement' else
