@@ -120,3 +120,11 @@ def test_a_kill_inside_a_save_loses_nothing(images, tmp_path, crash, base):
     assert 'resumed from' in again.out and 'damaged' not in again.err
     assert_same(again.weights(), whole.weights())
     assert [record['valid'] for record in again.log()] == [record['valid'] for record in whole.log()]
+
+
+def test_weights_that_are_not_finite_are_refused():
+    layer = torch.nn.Linear(2, 2)
+    weights = {k: v.clone() for k, v in layer.state_dict().items()}
+    weights['bias'][1] = float('nan')
+    with pytest.raises(ValueError, match='bias has values that are not finite'):
+        checkpoint.fit(layer, weights, 'some.pth')

@@ -127,6 +127,7 @@ def fit(network: nn.Module, weights: dict, path):
     wrong += [f'{k} is unknown' for k in weights if k not in own]
     wrong += [f'{k} is {list(weights[k].shape)} instead of {list(own[k].shape)}'
               for k in own if k in weights and weights[k].shape != own[k].shape]
+    wrong += [f'{k} has values that are not finite' for k in own if k in weights and not weights[k].isfinite().all()]
     if wrong:
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
         raise ValueError(f'{path} does not fit the network: {", ".join(wrong[:4])}{more}')
