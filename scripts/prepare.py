@@ -71,7 +71,7 @@ def store_shard(job: tuple, size: int) -> dict:
     """Of some images: their pixels in a row in one file, then names, classes, heights and widths in another."""
     samples, target = job
     index = target.with_suffix('.json')
-    if not index.exists():
+    if not finished(target, index):
         target.parent.mkdir(parents=True, exist_ok=True)
         new, images, unreadable, check = target.with_suffix('.tmp'), [], {}, 0
         with open(new, 'wb') as file:
@@ -92,6 +92,15 @@ def store_shard(job: tuple, size: int) -> dict:
     if [name for name, *_ in found['images']] != [name for path, name, _ in samples if path not in found['unreadable']]:
         raise Damaged(f'{index} has other images than there are now: remove the folder')
     return {'images': len(found['images']), 'unreadable': found['unreadable']}
+
+
+def finished(target: Path, index: Path) -> bool:
+    """Whether a shard is whole; what could not be read may have been mended since."""
+    if not index.exists() or not target.exists():
+        return False
+    found = json.loads(index.read_text())
+    pixels = sum(3 * height * width for *_, height, width in found['images'])
+    return target.stat().st_size == pixels and not found['unreadable']
 
 
 def write_json(path: Path, content: dict):
@@ -192,13 +201,19 @@ def convert(args, made: dict, splits: list[str], raw: bool):
         for result in results:
             unreadable |= result['unreadable']
     total = sum(sum(of_split.values()) for of_split in counts.values())
-    write_json(args.target / 'manifest.json', made | {'complete': total > 0, 'images': counts,
+    unscored = [path for path in unreadable if Path(path).relative_to(args.source).parts[0] != 'train']
+    problem = next((f'not one image of {args.source / split / name} can be read' for split, of_split in counts.items()
+                    for name, number in of_split.items() if not number), '')
+    if unscored and not problem:
+        problem = (f'{len(unscored)} images to evaluate cannot be read, and a score without them would be of other '
+                   'data: mend or remove them, and start again')
+    write_json(args.target / 'manifest.json', made | {'complete': not problem, 'images': counts,
                                                       'unreadable': dict(sorted(unreadable.items()))})
     for path, why in sorted(unreadable.items()):
         print(f'{path} cannot be read: {why}', file=sys.stderr)
     print(f'{args.target}: {total:,} images' + f', {len(unreadable)} cannot be read' * bool(unreadable))
-    if not total:
-        sys.exit(f'error: not one image of {args.source} can be read')
+    if problem:
+        sys.exit(f'error: {problem}')
 
 
 if __name__ == '__main__':

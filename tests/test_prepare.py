@@ -122,6 +122,38 @@ def test_killed_and_started_again(folder):
     assert json.loads((target / 'manifest.json').read_text())['images']['train']['ant'] == 304
 
 
+@pytest.mark.parametrize('form', ['jpeg', 'raw'])
+def test_images_to_evaluate_are_all_there_or_it_is_not_complete(prepared, folder, form):
+    image = folder / 'val' / 'cat' / '1.jpg'
+    whole = image.read_bytes()
+    image.write_bytes(whole[:300])
+    with pytest.raises(SystemExit, match='1 images to evaluate cannot be read'):
+        prepared(form)
+    with pytest.raises(SystemExit, match='not complete'):
+        load_source(arguments(folder.parent / 'dst'), train=True)
+    image.write_bytes(whole)
+    assert len(load_source(arguments(prepared(form)), train=False)) == 6
+
+
+@pytest.mark.parametrize('form', ['jpeg', 'raw'])
+def test_a_class_without_images_is_named(prepared, folder, form):
+    for path in (folder / 'train' / 'bee').iterdir():
+        path.write_bytes(b'')
+    with pytest.raises(SystemExit, match=r'not one image of .*train/bee'):
+        prepared(form)
+
+
+def test_a_damaged_shard_is_found_and_made_anew(prepared):
+    target = prepared('raw')
+    shard = target / 'val' / '00000.raw'
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(SystemExit, match=r'00000\.raw is damaged'):
+        load_source(arguments(target), train=False)
+    prepared('raw')
+    assert shard.read_bytes() == whole and len(load_source(arguments(target), train=False)) == 6
+
+
 def test_nothing_usable_is_an_error(prepared, folder):
     for path in folder.rglob('*.*g'):
         path.write_bytes(b'')

@@ -199,7 +199,7 @@ def load_data(args, seed: int, device: torch.device):
     """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
     valid = together.shared('valid', lambda: load_source(args, train=False))
     train = None if args.evaluate else together.shared('train', lambda: load_source(args, train=True))
-    if train and train.classes != valid.classes:
+    if train is not None and train.classes != valid.classes:
         only = [f'{c} is only in {where}' for where, these, those in
                 (('train', train.classes, valid.classes), ('valid', valid.classes, train.classes))
                 for c in these if c not in those]

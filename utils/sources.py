@@ -82,7 +82,12 @@ class Shards:
                 self.samples.append((name, target, shard, offset))
                 self.sizes.append((height, width))
                 offset += height * width * 3
+            file = root / f'{stem}.raw'
+            if not file.is_file() or file.stat().st_size != offset:
+                sys.exit(f'error: {file} is damaged: start scripts/prepare.py again, which makes it anew')
         self.targets = [target for _, target, _, _ in self.samples]
+        if empty := sorted({*range(len(classes))} - {*self.targets}):
+            sys.exit(f'error: {root} has no images of {classes[empty[0]]}')
 
     def __len__(self):
         return len(self.samples)
