@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import main_base  # noqa: E402
 import main_distill  # noqa: E402
+from models import create_model  # noqa: E402
 from utils import engine, signals  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
@@ -42,6 +43,15 @@ def images(tmp_path_factory) -> Path:
     write_images(root / 'train', 13, seed=0)
     write_images(root / 'valid', 5, seed=1)
     return root
+
+
+@pytest.fixture(scope='session')
+def teacher(tmp_path_factory) -> list:
+    """A resnet14 for CIFAR-10, as a flag."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.save(create_model('resnet14', 10).state_dict(), path)
+    return ['--teacher-resume', path]
 
 
 class Outcome:

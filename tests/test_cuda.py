@@ -43,14 +43,6 @@ def full_precision():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
-    torch.save(create_model('resnet14', 10).state_dict(), path)
-    return ['--teacher-resume', path]
-
-
 def gradients(name, device, backend=None):
     """Losses and gradients of a batch, and the state after it."""
     student, teacher = zoo.make('same')

@@ -12,7 +12,6 @@ from conftest import Outcome, assert_same, write_images
 
 import main_base
 import main_distill
-from models import create_model
 from utils import engine, signals, together
 from utils.guard import Guard
 
@@ -31,14 +30,6 @@ def base(base):
 @pytest.fixture
 def distill(distill):
     return lambda *args: distill(*args, quick=False)
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
-    torch.save(create_model('resnet14', 10).state_dict(), path)
-    return ['--teacher-resume', path]
 
 
 def of_seed(run, seed) -> Outcome:
