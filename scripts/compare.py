@@ -29,6 +29,7 @@ from utils.args import base_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 75
+STOPPED = (INTERRUPTED, -signal.SIGTERM)  # the latter before it could heed one
 EVERY = 30  # seconds between two reports
 OF_TEACHER = ('--teacher-arch', '--teacher-resume')
 OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e')
@@ -81,8 +82,8 @@ class Job:
     def look(self):
         """Whether it still goes on; its state is its last line."""
         code = self.process.poll()
-        self.state = (self.said(1) or ['starts'])[-1] if code in (None, 0) else {
-            INTERRUPTED: 'stopped, has saved'}.get(code, f'failed with exit code {code}')
+        self.state = (self.said(1) or ['starts'])[-1] if code in (None, 0) else (
+            'stopped, the same command goes on' if code in STOPPED else f'failed with exit code {code}')
         return code is None
 
     def said(self, n):
@@ -142,7 +143,7 @@ def train(jobs, count, gpus) -> int:
                 continue
             del running[slot]
             view.tell(job)
-            if job.process.returncode not in (0, INTERRUPTED):
+            if job.process.returncode not in (0, *STOPPED):
                 failed.add(job.method)
                 for other in [other for other in waiting if other.method == job.method]:
                     other.state = f'left out, as {job.folder.name} failed'
@@ -156,10 +157,10 @@ def train(jobs, count, gpus) -> int:
     for number, handler in before.items():
         signal.signal(number, handler)
     for job in jobs:
-        if job.process and job.process.returncode not in (0, INTERRUPTED):
+        if job.process and job.process.returncode not in (0, *STOPPED):
             print(f'{job.folder.name} failed; the end of {job.folder / "out.txt"}:', *job.said(8), sep='\n',
                   file=sys.stderr)
-    stopped = caught or any(job.process and job.process.returncode == INTERRUPTED for job in jobs)
+    stopped = caught or any(job.process and job.process.returncode in STOPPED for job in jobs)
     return INTERRUPTED if stopped else int(bool(failed))
 
 

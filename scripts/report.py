@@ -72,7 +72,8 @@ def main():
         if args.curves:
             draw(ways, teacher).savefig(args.curves, dpi=150)
     except (OSError, ValueError) as error:  # no such folder, no such format
-        refuse(f'{getattr(error, "filename", None) or args.curves}: {getattr(error, "strerror", None) or error}')
+        file = (getattr(error, 'filename', None) or str(args.curves)).removesuffix('.tmp')
+        refuse(f'{file}: {getattr(error, "strerror", None) or error}')
 
 
 if __name__ == '__main__':

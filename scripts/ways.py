@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import NEUTRAL
 
-FREE = NEUTRAL | {'seed', 'seeds'}  # arguments that runs of one way may differ in
+FREE = (NEUTRAL | {'seed', 'seeds'}) - {'teacher_resume'}  # arguments that runs of one way may differ in
 DATA = ('dataset', 'data', 'dummy', 'dummy_images')
 COLUMNS = ('', 'network', 'top-1, last epoch', 'runs', 'top-1, best epoch', 'seconds per run')
 
@@ -116,8 +116,8 @@ def by_way(folders):
     return [Way(name, runs) for name, runs in ways.items()]
 
 
-def same_data(ways):
-    """Refuse to compare scores of different images."""
+def other_data(ways) -> str:
+    """What keeps their scores from being compared: that they are of different images."""
     first = size = target = None
     for run in (run for way in ways for run in way.runs if run.arguments):
         data = {key: run.arguments.get(key) for key in DATA}
@@ -130,8 +130,9 @@ def same_data(ways):
             if not np.array_equal(told['target'], target):
                 differing = differing or ['the classes of the validation images']
         if differing:
-            refuse(f'{first[0].folder} and {run.folder} are runs of different data: they differ in '
-                   f'{", ".join(differing)}')
+            return (f'{first[0].folder} and {run.folder} are runs of different data: they differ in '
+                    f'{", ".join(differing)}')
+    return ''
 
 
 def find_teacher(ways):
@@ -145,8 +146,11 @@ def find_teacher(ways):
 
 def collect(folders, teacher):
     ways = by_way(folders)
-    teacher = by_way(teacher or find_teacher(ways))
-    same_data(teacher + ways)
+    named, teacher = bool(teacher), by_way(teacher or find_teacher(ways))
+    if other_data(teacher + ways) and not named:  # what it was trained with is its own affair
+        teacher = []
+    if wrong := other_data(teacher + ways):
+        refuse(wrong)
     return ways, teacher
 
 

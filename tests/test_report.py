@@ -112,6 +112,10 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(tell, tmp_path):
         other = made_run(tmp_path / name, 'net', seed, 3, **arguments)
         refused = tell(first, other, '-o', tmp_path / 'a.html')
         assert refused.code == 2 and complaint in refused.err and len(refused.err.splitlines()) == 1
+    elsewhere = made_run(tmp_path / 'teacher', 'big', 5, 30, data='others')
+    taught = made_run(tmp_path / 'dkd-0', 'net', 0, 3, method='dkd', teacher_resume=str(elsewhere / 'last.pth'))
+    assert 'different data' in tell(taught, '--teacher', elsewhere, '-o', tmp_path / 'a.html').err
+    assert tell(taught, '-o', tmp_path / 'b.html').code == 0  # nobody asked for it
     assert 'is not the folder' in tell(tmp_path / 'nowhere').err and not (tmp_path / 'a.html').exists()
 
 
@@ -343,7 +347,7 @@ def test_a_signal_stops_all_runs_and_the_exit_code_says_so(contrast, stand_in):
     threading.Thread(target=interrupt, daemon=True).start()
     done = contrast('--methods', 'alone', 'kd', '--seeds', 0, 1, '--jobs', 2, '--output', stand_in / 'runs',
                     '--flags', 'kd', '--wait', '--flags', 'alone', '--wait', '--', '--dummy')
-    assert done.code == 75 and done.out.count('stopped, has saved') == 2 and not (stand_in / 'runs' / 'kd-1').exists()
+    assert done.code == 75 and done.out.count('stopped, ') == 2 and not (stand_in / 'runs' / 'kd-1').exists()
     assert signal.getsignal(signal.SIGINT) is before
 
 
