@@ -1,6 +1,8 @@
 """Order, randomness, views, unreadable images."""
 import argparse
 import pickle
+import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -268,6 +270,25 @@ def test_replacement_is_the_next_readable_image(spoiled):
     sample = dataset[(0, numbers['empty.jpg'])]
     assert sample.bad == numbers['empty.jpg'] and sample.index == numbers['grey.jpg']
     assert torch.equal(sample.images, dataset[(0, numbers['grey.jpg'])].images)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_no_readable_image_is_one_line(images, base, tmp_path, workers):
+    shutil.copytree(images, tmp_path / 'images')
+    for file in (tmp_path / 'images' / 'train').rglob('*.jpg'):
+        file.write_text('no image')
+    run = base(tmp_path / 'images', '--output', tmp_path / 'run', '-j', workers)
+    assert run.code == 1 and re.fullmatch('error: not one image can be read: .*\n', run.err), run.err
+
+
+def test_what_is_hidden_is_no_class_and_no_image(images, tmp_path):
+    shutil.copytree(images / 'train', tmp_path / 'train')
+    photo = (tmp_path / 'train' / 'ant' / '0.jpg').read_bytes()
+    for name in ('.ipynb_checkpoints/0.jpg', 'ant/._0.jpg', 'bee/.thumbnails/small/0.jpg'):
+        (tmp_path / 'train' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'train' / name).write_bytes(photo)
+    shown, all_of_it = Folder(images / 'train'), Folder(tmp_path / 'train')
+    assert all_of_it.classes == shown.classes and all_of_it.targets == shown.targets
 
 
 def test_an_evaluation_never_replaces(spoiled, base, tmp_path):

@@ -138,6 +138,8 @@ def in_words(error: RuntimeError, rank: int, args) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (f'rank {rank}: {". ".join(text.split(". ")[:2])}: take a smaller -b (with --accum-steps, if the global '
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
+    if 'not one image can be read' in str(error):  # told by a loader process, it is the last line
+        return str(error).splitlines()[-1].removeprefix('RuntimeError: ')
     if 'have a deterministic implementation' in text:
         return f'--deterministic: {text.partition(",")[0]}'
     if any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):

@@ -20,23 +20,28 @@ from torchvision.io import decode_jpeg
 
 from . import distributed
 
+CIFAR = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}
+
 
 class Folder:
-    """root/class/image, as torchvision's ImageFolder: classes in sorted order."""
+    """root/class/image, as torchvision's ImageFolder: classes in sorted order.
+
+    What is hidden, like .ipynb_checkpoints or the ._* of a Mac, is neither a class nor an image.
+    """
 
     def __init__(self, root: Path, by_pil=False):
-        self.by_pil = by_pil
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        if not self.classes:
-            sys.exit(f'error: {root} has no class folders')
-        self.samples = []
-        for number, name in enumerate(self.classes):
-            before = len(self.samples)
-            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
-                self.samples += [(os.path.join(folder, file), number) for file in sorted(files)
-                                 if file.lower().endswith(IMG_EXTENSIONS)]
-            if len(self.samples) == before:
-                sys.exit(f'error: {root / name} has no images ({" ".join(IMG_EXTENSIONS)})')
+        self.root, self.by_pil, self.samples = root, by_pil, []
+        try:
+            self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != '.')
+            if not self.classes:
+                sys.exit(f'error: {root} has no class folders')
+            for number, name in enumerate(self.classes):
+                images = list(images_in(root / name))
+                if not images:
+                    sys.exit(f'error: {root / name} has no images ({" ".join(IMG_EXTENSIONS)})')
+                self.samples += [(path, number) for path in images]
+        except OSError as error:
+            sys.exit(f'error: {error.filename} cannot be read: {error.strerror}')
         self.targets = [target for _, target in self.samples]
 
     def __len__(self):
@@ -49,6 +54,16 @@ class Folder:
         path, target = self.samples[index]
         jpeg = None if self.by_pil else read_jpeg(path)
         return read(path) if jpeg is None else jpeg, target
+
+
+def images_in(root: Path):
+    """Paths of the images in a folder, and in those below it."""
+    def fail(error):
+        raise error
+
+    for folder, _, files in sorted(os.walk(root, onerror=fail, followlinks=True)):
+        paths = [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)]
+        yield from (path for path in paths if f'{os.sep}.' not in path.removeprefix(str(root)))
 
 
 def read(path) -> Image.Image:
@@ -108,7 +123,7 @@ class Shards:
 
 class Cifar:
     def __init__(self, name: str, root: str, train: bool):
-        kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
+        kind = CIFAR[name]
         try:
             if distributed.is_main():  # one rank downloads
                 kind(root, train, download=True)
@@ -147,9 +162,9 @@ def load_or_next(source, index: int) -> tuple:
     for number in chain(range(index, len(source)), range(index)):
         try:
             return *source.load(number), number
-        except Exception:  # whatever a decoder makes of a broken file
-            continue
-    raise RuntimeError('not one image can be read')
+        except Exception as error:  # whatever a decoder makes of a broken file
+            why = error
+    raise RuntimeError(f'not one image can be read: {source.name(number)}: {why}')
 
 
 def find_split(root: str, *names: str) -> Path:
@@ -158,7 +173,9 @@ def find_split(root: str, *names: str) -> Path:
     for name in names:
         if (Path(root) / name).is_dir():
             return Path(root) / name
-    sys.exit(f'error: {root} has no {" or ".join(name + "/" for name in names)}')
+    cifar = next((name for name, kind in CIFAR.items() if (Path(root) / kind.base_folder).is_dir()), None)
+    sys.exit(f'error: {root} has no {" or ".join(name + "/" for name in names)}'
+             + f'; it holds CIFAR: --dataset {cifar}' * bool(cifar))
 
 
 def load_source(args, train: bool):
