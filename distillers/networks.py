@@ -1,9 +1,14 @@
 """The networks of a run, as its flags name them. What is wrong with one ends the run in a line."""
 import sys
 
-from models import Foreign, Renormalised, create_model
+import torch
+
+from models import Foreign, Renormalised, create_model, refuse_other_outputs
 from utils import checkpoint, distributed
 from utils.views import STATISTICS
+
+from . import DISTILLERS
+from .base import evaluating
 
 
 def add_stage_flags(group):
@@ -13,12 +18,21 @@ def add_stage_flags(group):
                                 '(default: found by a probe)')
 
 
+def is_function(arch):
+    return ':' in arch and not arch.startswith(('torchvision:', 'timm:'))
+
+
+def starts_fresh(arch, classes):
+    """Whether published weights lack a classifier for so many classes."""
+    return classes != 1000 and not is_function(arch)
+
+
 def build(arch, classes, pretrained=False):
     """A network by name (models/__init__.py)."""
-    if pretrained and ':' in arch and not arch.startswith(('torchvision:', 'timm:')):
+    if pretrained and is_function(arch):
         distributed.say(f'note: the weights of {arch} are those that it returns')
-    elif pretrained and classes != 1000:
-        distributed.say(f'note: the pretrained classifier has 1000 outputs; one with {classes} starts fresh')
+    elif pretrained and starts_fresh(arch, classes):
+        distributed.say(f'note: the pretrained classifier of {arch} has 1000 outputs; one with {classes} starts fresh')
     try:
         return create_model(arch, classes, pretrained)
     except (ValueError, OSError) as error:  # an unknown name, weights that cannot be downloaded
@@ -28,11 +42,18 @@ def build(arch, classes, pretrained=False):
 def build_student(args, classes, pretrained=False, shows=False):
     """shows: whether it has to show its features; so with the teacher."""
     network = build(args.arch, classes, pretrained)
+    try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 
 
 def build_teacher(args, classes, pretrained=False, shows=False):
     """The teacher, for the student's images: it gets them normalised, and of the size, as it was trained."""
+    if pretrained and starts_fresh(args.teacher_arch, classes):
+        methods = getattr(args, 'distiller', [])
+        if needy := [name for name in methods if 'logits' in (DISTILLERS[name].teacher_reads or ())]:
+            sys.exit(f'error: as published {args.teacher_arch} does not know these {classes} classes, but --distiller '
+                     f'{" ".join(needy)} reads its logits: train it on them (main_base.py --arch {args.teacher_arch} '
+                     '--pretrained), and name its weights with --teacher-resume')
     network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
     mean, std, size = published = images_of(network) or (*given, args.image_size)
     if not pretrained:  # weights from a file need not be from where the network is
@@ -42,6 +63,7 @@ def build_teacher(args, classes, pretrained=False, shows=False):
                             f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
                             '--teacher-mean, --teacher-std, --teacher-size')
     wanted, size = (tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)), args.teacher_size or size
+    try_out(network, args.teacher_arch, classes, f'--teacher-size {size}', size)
     if shows:
         network = showing(network, args.teacher_arch, classes, args.teacher_stages, size)
     if (wanted, size) == (given, args.image_size):
@@ -55,6 +77,19 @@ def images_of(network):
     """Mean, std and size of the images that a network of timm was published for."""
     published = getattr(network, 'pretrained_cfg', None)
     return published and (tuple(published['mean']), tuple(published['std']), published['input_size'][-1])
+
+
+@torch.no_grad()
+def try_out(network, arch, classes, flag, size):
+    """Refuse a network that makes something else than logits of one image."""
+    with evaluating(network):
+        try:
+            refuse_other_outputs(network(torch.zeros(1, 3, size, size)), classes)
+        except ValueError as error:
+            sys.exit(f'error: {arch}: {error}')
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            sys.exit(f'error: {arch} does not take images of {size} pixels ({flag}): {why[0]}')
 
 
 def showing(network, arch, classes, stages, image_size):

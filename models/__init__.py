@@ -20,9 +20,9 @@ from torch import nn
 
 from . import cifar, imagenet
 from .features import Features
-from .foreign import Foreign, Renormalised
+from .foreign import Foreign, Renormalised, refuse_other_outputs
 
-__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names']
+__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names', 'refuse_other_outputs']
 
 NETWORKS = imagenet.NETWORKS | cifar.NETWORKS
 

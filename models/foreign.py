@@ -99,10 +99,7 @@ class Foreign(Wrapper):
         modes = [(module, module.training) for module in network.modules()]
         network.eval()
         image, logits, root, calls = trace(network, sizes)
-        if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-            shown = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f'it makes {shown} of an image, instead of logits of {num_classes} classes')
-
+        refuse_other_outputs(logits, num_classes)
         last = find_classifier(calls, logits)
         self.classifier_path = last.path
         self.tells_logits = isinstance(last.module, nn.Linear) and torch.equal(last.output, logits)
@@ -206,6 +203,13 @@ def refuse_compiled(network: nn.Module):
     for module in network.modules():
         if module._compiled_call_impl or '_orig_mod' in module._modules or isinstance(module, torch.jit.ScriptModule):
             raise ValueError('it is compiled already, which hides its insides; build it as it is and pass --compile')
+
+
+def refuse_other_outputs(logits, num_classes: int):
+    """Of one image."""
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        shown = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f'it makes {shown} of an image, instead of logits of {num_classes} classes')
 
 
 # What one image tells of a network

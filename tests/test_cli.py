@@ -81,6 +81,8 @@ def one_line(run):
 def test_wrong_data(base, tmp_path, images):
     assert f'{tmp_path / "none"} does not exist' in one_line(base(tmp_path / 'none', '--output', tmp_path / 'o'))
     assert 'has no valid/ or val/' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
+    (tmp_path / 'cifar-100-python').mkdir()
+    assert 'it holds CIFAR: --dataset cifar100' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
     (tmp_path / 'val').mkdir()
     assert 'val has no class folders' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
     (tmp_path / 'val' / 'ant').mkdir()
@@ -97,6 +99,10 @@ def test_wrong_data(base, tmp_path, images):
     assert not (tmp_path / 'o').exists()
 
 
+def doubled(num_classes):
+    return create_model('shufflenet_v2_x0_5', 2 * num_classes)
+
+
 def test_wrong_networks_and_weights(base, tmp_path, images):
     out = ['--output', tmp_path / 'o']
     line = one_line(base(images, '-a', 'resnet5O', *out))
@@ -110,6 +116,11 @@ def test_wrong_networks_and_weights(base, tmp_path, images):
     assert 'is damaged' in one_line(base(images, '--student-resume', tmp_path / 'junk.pth', *out))
     assert 'is damaged' in one_line(base(images, '--resume', tmp_path / 'junk.pth', *out))
     assert 'weights only' in one_line(base(images, '--resume', tmp_path / 'five.pth', *out))
+    assert 'is a folder' in one_line(base(images, '--student-resume', tmp_path, *out))
+    line = one_line(base(images, '-a', 'vit_b_32', *out))
+    assert 'vit_b_32 does not take images of 32 pixels (--image-size 32)' in line
+    line = one_line(base(images, '-a', 'test_cli:doubled', *out))
+    assert '[1, 6] of an image, instead of logits of 3 classes' in line
 
 
 def test_wrong_devices_and_ranks(base, images, tmp_path):
@@ -135,6 +146,8 @@ def test_gpu_that_is_not_there(base, images):
 def test_output_that_cannot_be_made(base, images, tmp_path):
     (tmp_path / 'file').write_text('')
     assert 'cannot write to --output' in one_line(base(images, '--output', tmp_path / 'file' / 'run'))
+    run = base(images, '--output', tmp_path / 'file', '-e')
+    assert 'top1' in run.out and run.code == 1 and run.err.startswith('error: cannot write to --output')
 
 
 def test_readme_names_every_flag_group_and_exit_code():
