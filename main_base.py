@@ -5,7 +5,7 @@ from distillers import inspection
 from distillers.networks import build_student, build_teacher
 from utils import checkpoint, distributed, setup
 from utils.args import base_parser, check
-from utils.data import Prepare, load_data
+from utils.data import Prepare, contents, load_data
 from utils.engine import Supervised, evaluate, train_one_epoch
 from utils.learner import Learner
 from utils.optim import make_ema, make_optimizer, total_epochs
@@ -29,6 +29,8 @@ def worker(args, device):
 
     # data
     train, valid, classes = load_data(args, run.seed, device)
+    if train:
+        run.facts['images'] = contents(train, valid)
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
@@ -40,12 +42,12 @@ def worker(args, device):
         networks = {'student': distributed.replicated(student, device, args)}
         if args.teacher_resume:
             teacher = setup.place(build_teacher(args, outputs), device, args)
-            checkpoint.load_weights(teacher, args.teacher_resume, classes)
+            checkpoint.load_weights(teacher, args.teacher_resume, f'--teacher-arch {args.teacher_arch}', classes)
             networks['teacher'] = distributed.replicated(teacher, device, args)
         run.report(evaluate(networks, valid, prepare, device, args))
         return
     if args.student_resume:
-        checkpoint.load_weights(student, args.student_resume)
+        checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
 
     # what trains it
     ema = make_ema(student, args)

@@ -23,7 +23,7 @@ from distillers.lean import lean_teacher
 from distillers.networks import add_stage_flags, build_student, build_teacher, identity
 from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
-from utils.data import Prepare, load_data
+from utils.data import Prepare, contents, load_data
 from utils.engine import evaluate, train_one_epoch
 from utils.learner import Learner
 from utils.optim import make_ema, make_optimizer, total_epochs
@@ -66,6 +66,8 @@ def main():
         print(describe(DISTILLERS))
         return
     check(parser, args)
+    if len({*args.distiller}) < len(args.distiller):
+        parser.error('--distiller names a method twice')
     if args.mgd_with_kd:
         args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
     if idle := drop_foreign(DISTILLERS, args.distiller, args):
@@ -90,6 +92,8 @@ def worker(args, device):
 
     # data
     train, valid, classes = load_data(args, run.seed, device)
+    if train:
+        run.facts['images'] = contents(train, valid)
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
@@ -99,7 +103,7 @@ def worker(args, device):
     teacher = build_teacher(args, outputs, not (args.teacher_resume or args.dummy or untrained), shows=True)
     teacher = setup.place(teacher, device, args)
     if args.teacher_resume:
-        checkpoint.load_weights(teacher, args.teacher_resume, classes)
+        checkpoint.load_weights(teacher, args.teacher_resume, f'--teacher-arch {args.teacher_arch}', classes)
     elif args.dummy:
         distributed.say('note: made-up images, made-up teacher: its weights are random')
     run.facts['teacher'] = identity(teacher, args)
@@ -110,7 +114,7 @@ def worker(args, device):
     seed_everything(run.seed, 'initial weights')
     student = setup.place(build_student(args, outputs, args.pretrained, shows=True), device, args)
     if args.student_resume and not args.evaluate:
-        checkpoint.load_weights(student, args.student_resume)
+        checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
 
     # distillers, which probe both at this size; an evaluation needs only those that the student predicts through
     student.image_size = teacher.image_size = args.image_size

@@ -300,7 +300,15 @@ def values_of(table: dict[str, type[Distiller]], name: str, args) -> dict:
 
 def from_flags(table: dict[str, type[Distiller]], names: list[str], args, student, teacher) -> dict[str, Distiller]:
     """The named methods, built with the values of their flags."""
-    return {name: table[name](student, teacher, **values_of(table, name, args)) for name in names}
+    made = {}
+    for name in names:
+        try:
+            made[name] = table[name](student, teacher, **values_of(table, name, args))
+        except ValueError as error:  # of a hyper-parameter, whose flag is its name for the user; or of the pair
+            word, _, rest = str(error).partition(' ')
+            own = word in hyper_parameters(table[name])
+            raise ValueError(f'{flag(name, word)} {rest}' if own else f'{name}: {error}') from None
+    return made
 
 
 def describe(table: dict[str, type[Distiller]]) -> str:

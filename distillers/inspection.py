@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from utils import checkpoint, distributed, setup, together
 from utils.cost import cut, device_name, loading, measure, now, preparation, step
-from utils.data import Prepare, load_data
+from utils.data import Prepare, contents, load_data
 from utils.engine import Supervised
 from utils.meters import hits
 from utils.optim import make_ema, make_optimizer
@@ -38,6 +38,7 @@ from .lean import lean_teacher
 from .networks import build_student, build_teacher, identity
 
 SCORED = {'cpu': 64, 'cuda': 256}  # images
+TOLD = 4  # unreadable images of a split
 
 
 class Findings:
@@ -96,6 +97,8 @@ def worker(args, device):
 
     run = find_run(args, device, found)
     train, valid, classes, real = find_data(args, one, run.seed, device, found)
+    if real:
+        run.facts['images'] = contents(train, valid)
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
@@ -108,7 +111,7 @@ def worker(args, device):
     if methods and student and teacher:
         for name in methods:
             seed_everything(run.seed, 'distillers')
-            with found.listing(f'{name}: {args.arch} under {args.teacher_arch}: '):
+            with found.listing(f'{args.arch} under {args.teacher_arch}: '):
                 built |= from_flags(DISTILLERS, [name], args, student, teacher)
         run.facts['teacher'] = identity(teacher, args)
         with found.listing():
@@ -245,7 +248,10 @@ def find_networks(args, outputs, classes: list[str] | None, seed, device, found:
                 break
         if file and name in networks:
             with found.listing(f'{name}: '):
-                checkpoint.load_weights(networks[name], file, classes if name == 'teacher' else None)
+                if name == 'teacher':
+                    checkpoint.load_weights(networks[name], file, f'--teacher-arch {args.teacher_arch}', classes)
+                else:
+                    checkpoint.load_weights(networks[name], file, f'--arch {args.arch}')
                 origins[name] = file
     return networks, origins, columns
 
@@ -283,10 +289,11 @@ def check_folder(flag: str, folder: Path):
 def check_images(wrong: dict[str, list[str]], sources: dict, args, found: Findings):
     for split, broken in wrong.items():
         expected = len(broken) * max(len(sources[split]) / looks.DECODED, 1)
-        if split == 'valid' or expected > args.max_bad_images:
-            found.problems += broken
-        else:  # in training others stand in for them
-            found.notes += broken
+        # in training others stand in for them
+        where = found.problems if split == 'valid' or expected > args.max_bad_images else found.notes
+        where += broken[:TOLD]
+        if len(broken) > TOLD:
+            where.append(f'{split}: {len(broken) - TOLD} more of those decoded cannot be read')
 
 
 def check_ranks(order: TrainOrder, nodes: int, student: nn.Module | None, loader, args, found: Findings):

@@ -76,7 +76,8 @@ def at_network(network: nn.Module, image_size: int) -> dict[str, str]:
 def side_by_side(columns: dict[str, dict[str, str]], args) -> list[tuple]:
     """What at_network and a score told of each network."""
     heads = [f'{name}: {args.teacher_arch if name == "teacher" else args.arch}' for name in columns]
-    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    longest = sorted(columns.values(), key=len, reverse=True)  # which has all of its stages in their place
+    rows = dict.fromkeys(row for column in longest for row in column)
     return [('', *heads), *((row, *(column.get(row, '') for column in columns.values())) for row in rows)]
 
 

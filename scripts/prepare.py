@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import signals
+from utils import checkpoint, signals
 from utils.sources import Folder, read
 
 SHARD = 256  # images, some 70 MB
@@ -179,7 +179,7 @@ def main():
         write_json(manifest, made | {'complete': False})
         convert(args, made, splits, raw)
     except (OSError, Damaged) as error:
-        sys.exit(f'\nerror: writing to {args.target}: {error}')
+        sys.exit(f'\nerror: writing to {args.target}: {error} ({checkpoint.free(manifest)})')
     except KeyboardInterrupt:
         print('\nstopped; the same command goes on', file=sys.stderr)
         sys.exit(signals.EXIT_INTERRUPTED)

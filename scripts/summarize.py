@@ -22,7 +22,7 @@ from utils.args import NEUTRAL
 
 HERE = Path(__file__).resolve().parent
 # arguments that runs of one cell may differ in; a teacher is known by its weights, wherever they lie
-FREE = NEUTRAL | {'seed', 'data', 'teacher_resume'}
+FREE = NEUTRAL | {'seed'}
 # arguments that students of one architecture have in common, whatever the method
 COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'momentum',
           'nesterov', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix', 'auto_augment',

@@ -73,7 +73,7 @@ def worker(args, device):
         network.image_size = args.image_size
         networks[f'{role} {arch}'] = network
         if path:
-            checkpoint.load_weights(network, path)
+            checkpoint.load_weights(network, path, arch)
     pictures = {'tsne': draw_tsne, 'correlation': draw_correlation, 'cam': draw_cams}
     if without := [f'{name}: {why}' for name, network in networks.items() if (why := why_no_cams(network))]:
         del pictures['cam']

@@ -1,5 +1,6 @@
 """main_distill.py from beginning to end."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,7 +67,28 @@ def test_the_teacher_is_part_of_the_run(distill, images, teacher, tmp_path):
     teacher.write_bytes(teacher.with_name('other.pth').read_bytes())
     again = distill(*run)
     teacher.write_bytes(replaced)
-    assert again.code == 1 and 'its teacher is resnet18' in again.err
+    assert again.code == 1 and 'its teacher: resnet18' in again.err
+
+
+def test_images_and_teacher_may_move_but_not_change(distill, images, teacher, tmp_path):
+    """To the local disk of another machine, say."""
+    def run(folder, file):
+        return distill(*flags(folder, file, tmp_path / 'run', '--distiller', 'kd', '--skip-first-evaluation'))
+    with signal_in_update(2):
+        assert run(images, teacher).code == signals.EXIT_INTERRUPTED
+    shutil.copytree(images, tmp_path / 'images')
+    shutil.copy(teacher, tmp_path / 'teacher.pth')
+    (tmp_path / 'images' / 'train' / 'bee' / '3.jpg').rename(tmp_path / '3.jpg')
+    other = run(tmp_path / 'images', tmp_path / 'teacher.pth')
+    assert other.code == 1 and 'its images: 39 + 15 images' in other.err and 'here: 38 + 15 images' in other.err
+    (tmp_path / '3.jpg').rename(tmp_path / 'images' / 'train' / 'bee' / '3.jpg')
+    moved = run(tmp_path / 'images', tmp_path / 'teacher.pth')
+    assert moved.code == 0 and 'resumed from' in moved.out
+
+
+def test_logits_of_a_teacher_that_does_not_know_the_classes_are_refused(distill, images, tmp_path):
+    run = distill(images, *PAIR, '--distiller', 'mgd', 'dkd', '--output', tmp_path / 'o')
+    assert run.code == 1 and '--distiller dkd reads its logits' in run.err and not (tmp_path / 'o').exists()
 
 
 def test_distillation_moves_the_student_towards_the_teacher(distill, images, teacher, tmp_path):
@@ -88,8 +110,10 @@ def test_evaluation_scores_both(distill, images, teacher, tmp_path):
 @pytest.mark.parametrize('more, complaint', [
     (['--teacher-arch', 'torchvision:resnt18'], "unknown model 'resnt18', close to it: resnet18"),
     (['--teacher-resume', '/nowhere.pth'], '/nowhere.pth does not exist'),
-    (['-a', 'resnet50', '--teacher-arch', 'resnet18'], 'resnet50 under resnet18: the student has'),
-    (['--mgd-loss-factor', 0], 'loss_factor is 0'),
+    (['-a', 'resnet50', '--teacher-arch', 'resnet18'], 'resnet50 under resnet18: mgd: the student has'),
+    (['--teacher-arch', 'resnet50'], 'does not fit --teacher-arch resnet50'),
+    (['--teacher-arch', 'vit_b_32'], 'vit_b_32 does not take images of 64 pixels (--teacher-size 64)'),
+    (['--mgd-loss-factor', 0], '--mgd-loss-factor is 0'),
 ])
 def test_what_cannot_work_is_said_in_one_line(distill, images, teacher, tmp_path, more, complaint):
     run = distill(*flags(images, teacher, tmp_path / 'o', *more))
@@ -97,6 +121,7 @@ def test_what_cannot_work_is_said_in_one_line(distill, images, teacher, tmp_path
 
 
 def test_flags_of_another_method_are_no_accident(distill, images, teacher, tmp_path):
+    assert 'names a method twice' in distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', 'kd')).err
     run = distill(*flags(images, teacher, tmp_path / 'o', '--distiller', 'mgd', '--kd-weight', 2))
     assert run.code == 2 and '--kd-weight: of a method that --distiller (mgd) does not name' in run.err
 
@@ -110,7 +135,8 @@ def test_two_ranks_are_one_process(images, tmp_path):
     """Flow, losses and weights, of methods on features, logits and relations, and of DOT, with unequal shares."""
     program = ROOT / 'tests' / 'programs' / 'ranks.py'
     args = [images, '--teacher-arch', 'resnet18', '--distiller', 'mgd', 'kd', 'sp', 'dist', 'reviewkd', '--optimizer',
-            'dot', '--epochs', 2, '--pair-images', 11, '--lr', 1e-4]
+            'dot', '--epochs', 2, '--pair-images', 11, '--lr', 1e-4,
+            '--num-classes', 5]
     one = script(*args, '--output', tmp_path / 'one', program=program)
     process = start(*torchrun_command(2), program, *QUICK, *map(str, [*args, '--output', tmp_path / 'two']))
     out, _ = process.communicate(timeout=150)

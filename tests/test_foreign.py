@@ -447,11 +447,11 @@ def test_the_teacher_gets_its_own_images(capsys):
 def test_classes_in_another_order_are_refused(tmp_path, capsys):
     content = {'format': checkpoint.FORMAT, 'model': Net().state_dict(), 'classes': ['ant', 'bee', 'cat']}
     torch.save(content, tmp_path / 'c.pth')
-    checkpoint.load_weights(Net(), tmp_path / 'c.pth', ['ant', 'bee', 'cat'])
+    checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'bee', 'cat'])
     with pytest.raises(SystemExit, match='output 1 is bee there and cat here'):
-        checkpoint.load_weights(Net(), tmp_path / 'c.pth', ['ant', 'cat', 'bee'])
+        checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'cat', 'bee'])
     with pytest.raises(SystemExit, match='output 3 is None there and dog here'):
-        checkpoint.load_weights(Net(), tmp_path / 'c.pth', ['ant', 'bee', 'cat', 'dog'])
+        checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'bee', 'cat', 'dog'])
 
 
 def test_from_beginning_to_end(distill, base, images, tmp_path, monkeypatch):

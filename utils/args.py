@@ -3,10 +3,12 @@ import argparse
 import os
 import shlex
 
-# What may change between a run and its resume: it says where and how fast to run, not what to compute.
-NEUTRAL = {'workers', 'print_freq', 'resume', 'evaluate', 'overwrite', 'output', 'save_every', 'tensorboard', 'gpu',
-           'world_size', 'rank', 'dist_url', 'dist_backend', 'dist_timeout', 'multiprocessing_distributed',
-           'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch', 'data_backend', 'cache_dir', 'inspect'}
+# What may change between a run and its resume: it says where and how fast to run, not what to compute. Images and
+# teacher may lie elsewhere, as a run is tied to what they are (Run.facts).
+NEUTRAL = {'data', 'teacher_resume', 'workers', 'print_freq', 'resume', 'evaluate', 'overwrite', 'output',
+           'save_every', 'tensorboard', 'gpu', 'world_size', 'rank', 'dist_url', 'dist_backend', 'dist_timeout',
+           'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch',
+           'data_backend', 'cache_dir', 'inspect'}
 
 
 class Formatter(argparse.HelpFormatter):

@@ -6,7 +6,7 @@ checkpoint.pth is a plain dict:
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, best, last, seconds
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
-    facts      what else the run is tied to: the teacher's name, the hash of its weights, what images it gets
+    facts      what else the run is tied to: a hash of its images; the teacher's name, that of its weights, what it gets
     classes    of the data, in the order of the outputs
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.
@@ -14,6 +14,7 @@ best.pth and last.pth are bare state dicts that torchvision's constructors load.
 import hashlib
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from itertools import zip_longest
@@ -42,7 +43,12 @@ def write(path: Path, content):
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch turns some write errors into RuntimeError
         temporary.unlink(missing_ok=True)
-        sys.exit(f'error: cannot write {path}: {_line(error)}; the files that were there are intact')
+        sys.exit(f'error: cannot write {path}: {_line(error)} ({free(path)}); the files that were there are intact')
+
+
+def free(path: Path) -> str:
+    """What a writer that fails, by whatever error, may be short of."""
+    return f'{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there'
 
 
 def previous(path: Path) -> Path:
@@ -61,7 +67,7 @@ def save(path: Path, content: dict):
 def read(path: Path) -> dict:
     """A file's content; ValueError in one line where it is damaged, refused or no file at all."""
     if not path.is_file():
-        raise ValueError(f'{path} does not exist')
+        raise ValueError(f'{path} is a folder; name a file in it' if path.is_dir() else f'{path} does not exist')
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -120,7 +126,7 @@ def outputs_of(content, path) -> int:
     return len(last)
 
 
-def fit(network: nn.Module, weights: dict, path):
+def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
     """Load weights that fit exactly, or say in one line which do not."""
     own = network.state_dict()
     wrong = [f'{k} is missing' for k in own if k not in weights]
@@ -130,19 +136,19 @@ def fit(network: nn.Module, weights: dict, path):
     wrong += [f'{k} has values that are not finite' for k in own if k in weights and not weights[k].isfinite().all()]
     if wrong:
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
-        raise ValueError(f'{path} does not fit the network: {", ".join(wrong[:4])}{more}')
+        raise ValueError(f'{path} does not fit {named}: {", ".join(wrong[:4])}{more}')
     network.load_state_dict(weights)
 
 
-def fill(network: nn.Module, content: dict, path):
+def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
     """Load the weights in a file's content, or end the run in one line."""
     try:
-        fit(network, weights_of(content, path), path)
+        fit(network, weights_of(content, path), path, named)
     except ValueError as error:
         sys.exit(f'error: {error}')
 
 
-def load_weights(network: nn.Module, path, classes: list[str] | None = None):
+def load_weights(network: nn.Module, path, named: str = 'the network', classes: list[str] | None = None):
     """classes: of the data, in the order of the outputs; a file that names others is refused."""
     try:
         content = read(Path(path))
@@ -153,7 +159,7 @@ def load_weights(network: nn.Module, path, classes: list[str] | None = None):
         number, pair = next((i, pair) for i, pair in enumerate(zip_longest(theirs, classes)) if pair[0] != pair[1])
         sys.exit(f'error: the classes of {path} are not those of the data: output {number} is {pair[0]} there and '
                  f'{pair[1]} here')
-    fill(network, content, path)
+    fill(network, content, path, named)
 
 
 def fingerprint(network: nn.Module) -> str:

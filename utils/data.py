@@ -3,7 +3,9 @@
 A loader yields Batch: images are uint8 until Prepare has them on the device. Samples are asked for by (epoch, index),
 so the augmentation is a function of (seed, epoch, index) whichever process does it, or the device itself.
 """
+import hashlib
 import sys
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -150,6 +152,7 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 def make_loader(images, order, args):
+    warnings.filterwarnings('once', 'This DataLoader will create')  # more workers than there are cores, says torch
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     loader = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
@@ -195,6 +198,16 @@ def why_not(train, device) -> str:
     return f'{size / 1e9:.1f} GB of images, {free / 1e9:.1f} GB free on the device' if size > free / 2 else ''
 
 
+def contents(train: TrainData, valid) -> str:
+    """What a run on these images is tied to: their number, and a hash of their names and classes."""
+    sources, digest = (train.images.source, valid.dataset.source), hashlib.sha256()
+    for source in sources:
+        root = str(getattr(source, 'root', ''))  # a copy elsewhere is the same
+        names = (source.name(index).removeprefix(root) for index in range(len(source)))
+        digest.update('\n'.join([*source.classes, *names]).encode())
+    return f'{" + ".join(f"{len(source):,}" for source in sources)} images {digest.hexdigest()[:16]}'
+
+
 def load_data(args, seed: int, device: torch.device):
     """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
     valid = together.shared('valid', lambda: load_source(args, train=False))
@@ -204,6 +217,8 @@ def load_data(args, seed: int, device: torch.device):
                 (('train', train.classes, valid.classes), ('valid', valid.classes, train.classes))
                 for c in these if c not in those]
         sys.exit(f'error: the classes of train and valid differ: {", ".join(only[:4])}')
+    if len(valid.classes) == 1:
+        distributed.say(f'note: {valid.classes[0]} is the only class: its label teaches nothing')
     if args.num_classes and args.num_classes < len(valid.classes):
         sys.exit(f'error: --num-classes {args.num_classes}, but the data has {len(valid.classes)} classes')
     rank, world, batch = distributed.rank(), distributed.world(), global_batch(args)

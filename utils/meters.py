@@ -109,7 +109,7 @@ class Display:
 
     def __init__(self, head: str, updates: int, samples_left: int):
         self.head, self.updates, self.samples_left = head, updates, samples_left
-        self.live = sys.stdout.isatty()
+        self.live, self.of = sys.stdout.isatty(), 'rank 0: ' * (distributed.world() > 1)
         self.began, self.waited, self.samples = time.time(), 0.0, 0
 
     def show(self, sums: dict, rate: float, done: int):
@@ -119,7 +119,7 @@ class Display:
         speed, means, width = self.samples / seconds, percentages(sums), len(str(self.updates))
         left = timedelta(seconds=round((self.samples_left - self.samples) / max(speed, 1e-9)))
         text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:.1f} img/s  wait {self.waited / seconds:.0%}  '
-                f'loss {means["loss"]:.4f}  top1 {means["top1"]:.2f}  ETA {left}  lr {rate:.4g}')
+                f'{self.of}loss {means["loss"]:.4f}  top1 {means["top1"]:.2f}  ETA {left}  lr {rate:.4g}')
         if self.live:  # a line that wraps could not be rewritten
             text = text[:shutil.get_terminal_size().columns - 1]
             print(f'\r\033[K{text}', end='\n' if done == self.updates else '', flush=True)

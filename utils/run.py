@@ -67,10 +67,16 @@ class Run:
             return folder, saved['seed'] if args.seed is None else args.seed, saved, origin
         return folder, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
 
-    def _begin(self):
-        """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at."""
+    def _make_folder(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f'error: cannot write to --output {self.folder}: {error.strerror}')
+
+    def _begin(self):
+        """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at."""
+        self._make_folder()
+        try:
             self.lock = open(self.folder / '.lock', 'w')  # noqa: SIM115, held as long as the process
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; not inherited by its workers
         except BlockingIOError:
@@ -117,8 +123,8 @@ class Run:
                 sys.exit(f'error: cannot go on from {self.origin}: {name}: {str(error).splitlines()[0]}')
         for name, fact in self.facts.items():
             if self.saved['facts'].get(name) != fact:
-                sys.exit(f'error: cannot go on from {self.origin}: its {name} is {self.saved["facts"].get(name)}, '
-                         f'this one {fact}')
+                sys.exit(f'error: cannot go on from {self.origin}: its {name}: {self.saved["facts"].get(name)}; '
+                         f'here: {fact}')
         self.progress = self.saved['progress']
         if distributed.is_main():
             print(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample {self.progress["sample"]}')
@@ -127,7 +133,7 @@ class Run:
     def load_evaluated(self, network):
         """What --evaluate scores: the weights named by --student-resume, else those of the run."""
         if self.args.student_resume:
-            checkpoint.load_weights(network, self.args.student_resume)
+            checkpoint.load_weights(network, self.args.student_resume, f'--arch {self.args.arch}')
         elif self.saved:
             checkpoint.fill(network, self.saved, self.origin)
         elif not self.args.pretrained:
@@ -237,7 +243,7 @@ class Run:
                             f'{name}: top1 {score["top1"]:.3f} ({score["correct1"]}/{score["n"]}), top5 '
                             f'{score["top5"]:.3f} ({score["correct5"]}/{score["n"]}), loss {score["loss"]:.4f}')
         if self.args.output:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            distributed.from_main(self._make_folder)
             self.note(file, {'scores': scores, **self._origin()})
             beside = (self.folder / file).with_suffix('.npz')
             distributed.from_main(lambda: checkpoint.write(beside, as_npz(predictions)))
