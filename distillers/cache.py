@@ -126,8 +126,9 @@ class TeacherCache:
         distributed.at_end.callback(self.save)
 
     def __str__(self):
-        size, known = sum(table.values.nbytes for table in self.tables.values()) / 1e9, self.known()
-        return f'{" and ".join(self.tables)}, {size:.2f} GB, {known.sum():,} of {len(known):,} views known'
+        size, views = sum(table.values.nbytes for table in self.tables.values()) / 1e9, len(self.train.images) * VIEWS
+        return (f'{" and ".join(self.tables)}, {size:.2f} GB, {views - len(self.unknown()):,} of {views:,} views '
+                'known')
 
     def __call__(self, batch: Batch) -> Features:
         rows = batch.index * VIEWS + batch.view
@@ -137,14 +138,16 @@ class TeacherCache:
     def prepare(self, batch: Batch) -> Batch:
         """A batch on the device, of which every view is known."""
         ready = self.prepare_images(batch)
-        rows = batch.index * VIEWS + batch.view
-        unknown = (~self.known(rows)).nonzero()[:, 0]
+        rows = batch.index.numpy() * VIEWS + batch.view.numpy()
+        unknown = self.unknown(rows)
         if len(unknown):
-            self.learn(rows[unknown], ready.images, unknown)
+            self.learn(torch.from_numpy(rows)[unknown], ready.images, unknown)
         return ready._replace(view=batch.view.to(self.device, non_blocking=True))
 
-    def known(self, rows=slice(None)) -> torch.Tensor:
-        return torch.stack([table.known[rows] for table in self.tables.values()]).all(0)
+    def unknown(self, rows=slice(None)) -> torch.Tensor:
+        """Which of them. By numpy, as every update asks: in a quarter of torch's time."""
+        known = np.logical_and.reduce([table.known.numpy()[rows] for table in self.tables.values()])
+        return torch.from_numpy(np.flatnonzero(~known))
 
     @torch.no_grad()
     def learn(self, rows: torch.Tensor, images: torch.Tensor, places: torch.Tensor):
@@ -159,7 +162,7 @@ class TeacherCache:
     def fill(self) -> bool:
         """Let the teacher look at all that is not known, each rank for itself; False where a signal asks to stop."""
         resident, began, saved = self.train.resident(self.device), time.time(), time.time()
-        unknown = (~self.known()).nonzero()[:, 0]
+        unknown = self.unknown()
         for number, rows in enumerate(unknown.split(IMAGES_AT_ONCE), 1):
             if signals.caught():
                 break

@@ -39,7 +39,7 @@ unpublished() { echo "note: $method, $pair: no $1 is published, this is the defa
 # Epochs count from 0: 150 is the 151st, the first at the lower rate.
 schedule() {  # NETWORK: how it is trained by whatever method
     recipe=(--dataset cifar100 --arch "$1" --epochs 240 --batch-size 64 --lr 0.05 --lr-drop-epochs 150 180 210
-            --momentum 0.9 --wd 5e-4)
+            --momentum 0.9 --wd 5e-4 --print-freq 200)
     case $1 in
         *mobilenet* | *shufflenet*) recipe+=(--lr 0.01) ;;
         cifar_resnet18) recipe+=(--epochs 350 --batch-size 128 --lr 0.1 --lr-drop-epochs 150 250 320) ;;

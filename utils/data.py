@@ -6,6 +6,7 @@ so the augmentation is a function of (seed, epoch, index) whichever process does
 import hashlib
 import sys
 import warnings
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .sources import Shards, load_or_next, load_source
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
+TOGETHER = 16  # of their batches are cropped at once: it is one and the same kernels that have to be launched
 
 
 class Batch(NamedTuple):
@@ -90,15 +92,17 @@ class ResidentLoader:
         self.dataset, self.batch_sampler, self.resident = images, order, resident
 
     def __iter__(self):
-        device = self.resident.targets.device
-        for keys in self.batch_sampler:
-            index = torch.tensor([number for _, number in keys])
-            view = torch.as_tensor(self.dataset.view.number(keys[0][0], index)).expand(len(index)).contiguous()
+        device, batches = self.resident.targets.device, iter(self.batch_sampler)
+        while some := list(islice(batches, TOGETHER)):
+            index = torch.tensor([number for keys in some for _, number in keys])
+            view = torch.as_tensor(self.dataset.view.number(some[0][0][0], index)).expand(len(index)).contiguous()
             if device.type == 'cuda':
                 index, view = index.pin_memory(), view.pin_memory()
             there = index.to(device, non_blocking=True)
-            yield Batch(self.resident.views(there, view.to(device, non_blocking=True)), self.resident.targets[there],
-                        index, torch.full_like(index, -1), view=view)
+            images = self.resident.views(there, view.to(device, non_blocking=True))
+            fields = images, self.resident.targets[there], index, torch.full_like(index, -1), view
+            for *batch, view in zip(*(x.split([*map(len, some)]) for x in fields)):
+                yield Batch(*batch, view=view)
 
 
 class CropLoader(ResidentLoader):
