@@ -150,6 +150,13 @@ def assert_same(a: dict, b: dict):
         assert torch.equal(a[key], b[key]), key
 
 
+def assert_close(a: dict, b: dict, rtol=1e-4, atol=1e-6):
+    """Equal up to rounding."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol, atol), key
+
+
 @pytest.fixture(scope='module')
 def once():
     """Do an expensive thing once for all tests of a file: once(name, function)."""

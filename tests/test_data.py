@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import assert_same, write_images
 from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
@@ -254,8 +254,7 @@ def test_unreadable_training_images_are_replaced_and_named(spoiled, base, tmp_pa
     for name in ('grey.jpg', 'cmyk.jpg', 'deep.png'):
         assert name not in run.err
     again = base(spoiled, '--epochs', 2, '--output', tmp_path / 'again', '-j', 2)
-    for key, value in run.weights().items():
-        assert torch.equal(value, again.weights()[key])
+    assert_same(run.weights(), again.weights())
 
 
 def test_too_many_unreadable_images_end_the_run(spoiled, base, tmp_path):

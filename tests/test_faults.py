@@ -9,7 +9,18 @@ import time
 
 import pytest
 import torch
-from conftest import PROGRAMS, QUICK, ROOT, Outcome, assert_same, output_of, start, torchrun_command, write_images
+from conftest import (
+    PROGRAMS,
+    QUICK,
+    ROOT,
+    Outcome,
+    assert_close,
+    assert_same,
+    output_of,
+    start,
+    torchrun_command,
+    write_images,
+)
 from torch.distributed.run import get_args_parser
 
 from models import create_model
@@ -70,8 +81,7 @@ def test_every_launch_mode_gives_the_same_weights(images, tmp_path, unharmed):
     assert spawned.code == three.code == 0, spawned.out + three.out
     assert_same(two.weights(), spawned.weights())
     for other in (two, three):  # shares of an update differ between ranks: 8 over 3, and the last 7
-        for key, value in alone.weights().items():
-            assert torch.allclose(value, other.weights()[key], rtol=1e-4, atol=1e-6), key
+        assert_close(alone.weights(), other.weights())
         for a, b in zip(alone.log(), other.log(), strict=True):
             assert a['valid']['correct1'] == b['valid']['correct1']
             assert a['train']['top1'] == b['train']['top1'] and a['train']['loss'] == pytest.approx(b['train']['loss'])
@@ -146,8 +156,7 @@ def test_another_world_size_goes_on_at_the_same_sample(images, tmp_path, unharme
         assert launch(mode, *args, FAULT=f'{update} SIGTERM', GROUP_NORM=1).code != 0
         assert (tmp_path / 'interrupted').exists()
     rest, alone = launch('torchrun 2', *args, GROUP_NORM=1), unharmed(1, GROUP_NORM=1)
-    for key, value in alone.weights().items():
-        assert torch.allclose(value, rest.weights()[key], rtol=1e-4, atol=1e-6), key
+    assert_close(alone.weights(), rest.weights())
     assert rest.log()[0]['train']['top1'] == alone.log()[0]['train']['top1']
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start, write_images
+from conftest import ROOT, assert_same, start, write_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -224,6 +224,5 @@ def test_training_on_a_prepared_folder(base, prepared, tmp_path):
             for name, flags in {'loader': [], 'device': ['--data-backend', 'device']}.items()}
     for name, run in runs.items():
         assert run.code == 0, name + run.err
-    for key, value in runs['loader'].weights().items():
-        assert torch.equal(value, runs['device'].weights()[key])
+    assert_same(runs['loader'].weights(), runs['device'].weights())
     assert base(raw, '--data-backend', 'device', '--auto-augment', 'randaugment').code == 2

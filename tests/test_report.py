@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_process
+from conftest import ROOT, assert_same, in_process
 from zoo import make_batch
 
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -259,8 +259,7 @@ def test_looking_changes_no_bit(distill, tmp_path, monkeypatch):
         assert one['balance']['distillation'] > 0 and abs(one['balance']['cosine']) <= 1 and 'balance' not in other
         assert one['update'].keys() == {'teacher', 'student', 'losses', 'backward'}
         assert 0 <= one['time']['wait'] < one['time']['seconds']
-        for key, value in looked.weights().items():
-            assert torch.equal(value, blind.weights()[key]), key
+        assert_same(looked.weights(), blind.weights())
         told = np.load(looked.folder / 'predictions.npz')
         assert (told['student'][0] == told['target']).sum() == looked.log()[0]['valid']['correct1']
 
