@@ -3,6 +3,7 @@
     torchrun main_distill.py /imagenet --arch mobilenet_v1 --distiller mgd
 """
 import argparse
+import itertools
 import sys
 
 import torch
@@ -126,6 +127,8 @@ def worker(args, device):
                                     args.label_smoothing, args.logit_standardize).to(device)
         if train:
             distillation.know(torch.tensor(train.images.source.targets, device=device))
+            if unreached := distillation.freeze_unreached():
+                distributed.say(f"note: {unreached:,} of the student's parameters are in no loss, and stay as they are")
         if args.cache_teacher == 'off' and not args.evaluate:
             distillation.stand_in = lean_teacher(distillation, teacher, device, args)
         if args.teacher_stream:
@@ -166,8 +169,10 @@ def worker(args, device):
     # epochs
     learner = Learner(task, optimizer, scaler, device, args)
     while run.progress['epoch'] < total_epochs(args):
-        def look(epoch=run.progress['epoch']):
-            return map(prepare, train.sample(epoch, args.pair_images))
+        turns = itertools.count()
+
+        def look(epoch=run.progress['epoch'], turns=turns):
+            return map(prepare, train.sample(epoch, args.pair_images, next(turns)))
         run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
         train_one_epoch(learner, train, prepare_mixed, ema, run, device, args)
         if cache:

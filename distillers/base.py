@@ -1,4 +1,5 @@
 """What a method is, what trains a student with some of them, and how a method's arguments become flags."""
+import copy
 import inspect
 import re
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from models import Features
 from utils import distributed
 from utils.args import switch
 from utils.closely import timed
+from utils.data import Batch
 
 
 class Distiller(nn.Module):
@@ -126,6 +128,24 @@ class Distillation(nn.Module):
     def know(self, targets: torch.Tensor):
         for distiller in self.distillers.values():
             distiller.know(targets)
+
+    def freeze_unreached(self) -> int:
+        """Where labels do not count: how many of the student's parameters no method's loss reaches.
+
+        Their gradient would be zero all along, and weight decay would wear them away.
+        """
+        if self.ce_weight:
+            return 0
+        images, state = probe_image(self.student).repeat(2, 1, 1, 1), copy.deepcopy(self.distillers.state_dict())
+        nothing = torch.zeros(2, dtype=torch.int64, device=images.device)
+        with evaluating(self):
+            _, losses = self(Batch(images, nothing, nothing, nothing))
+        loss = sum(value for name, value in losses.items() if name != 'ce')
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.distillers.load_state_dict(state)  # a memory has taken in what it saw
+        unreached = [p.requires_grad_(False) for p, gradient in zip(parameters, gradients) if gradient is None]
+        return sum(p.numel() for p in unreached)
 
     def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]]:
         """Let the distillers prepare for an epoch, counted from 1; batches() iterates over what forward gets."""

@@ -24,7 +24,8 @@ class CRD(Distiller):
 
     The memories hold an embedding of each of the N training samples: 51 MB for CIFAR, 1.3 GB for ImageNet. Products
     are taken with all of them, and those of the drawn are picked. That needs 130 MB for 64 samples of CIFAR, where to
-    pick first would need 1 GB, and 3 GB for 256 of ImageNet.
+    pick first would need 1 GB, and 3 GB for 256 of ImageNet. The embedding of mixed images
+    (--mixup, --cutmix) counts as that of the first.
 
     Defaults: RepDistiller and mdistiller, CIFAR-100.
 

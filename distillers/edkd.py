@@ -15,7 +15,7 @@ class EDKD(Distiller):
 
     Defaults: its code, but beta by sample.
 
-    beta: factor of the other classes' part, each sample's own or, as released, the mean over the batch
+    beta: factor of the other classes' part, each sample's own or, as released, the mean over a rank's batch
     beta_max: the largest factor of the other classes' part
     confidence: m, the larger of the probabilities for and against the target, or that of the target itself
     temperature: T, of all softmaxes

@@ -17,7 +17,8 @@ class FT(Distiller):
 
         L = weight * mean |norm(mean_c f_s^2) - norm(mean_c f_t^2)|        norm: to length 1 over the pixels of an image
 
-    Before the first epoch the auto-encoder (the paraphraser) learns from training images; then it is frozen.
+    Before the first epoch the auto-encoder (the paraphraser) learns from training images, which are not augmented, in
+    batches of the run's size; then it is frozen.
 
     Defaults: RepDistiller, CIFAR-100.
 
@@ -50,7 +51,7 @@ class FT(Distiller):
         if self.trained:
             return
         paraphraser = nn.Sequential(self.encoder, self.decoder).requires_grad_()
-        optimizer = torch.optim.SGD(paraphraser.parameters(), self.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(paraphraser.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
         for number in range(1, self.epochs + 1):
             mse = self.paraphrase(paraphraser, optimizer, (t.maps[-1] for _, t in pairs()))
             if not math.isfinite(mse):

@@ -118,6 +118,8 @@ def worker(args, device):
             made = Distillation(student, distributed.replicated(teacher, device, one), built, args.ce_weight,
                                 args.label_smoothing, args.logit_standardize).to(device)
             made.know(torch.tensor(train.images.source.targets, device=device) % outputs)
+            if unreached := made.freeze_unreached():
+                print(f"{unreached:,} of the student's parameters are in no loss, and stay as they are")
             if args.cache_teacher == 'off':
                 made.stand_in = lean_teacher(made, teacher, device, one)
         with found.listing('--cache-teacher: '):

@@ -1,6 +1,7 @@
 """Knowledge Distillation via Softmax Regression Representation Learning. Yang et al., ICLR 2021 (SRRL; later SRD)."""
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,6 +63,7 @@ class Regression(nn.Module):
         """The student's map in the teacher's terms, pooled, its logits, and the teacher's."""
         f_s = self.connector(s.head)
         pooled = f_s.float().mean((2, 3))
-        # Not t.logits: they may have been standardized.
-        z_s, z_t = (F.linear(x, self.weight, self.bias).float() for x in (pooled, t.pooled.float()))
+        with torch.autocast(pooled.device.type, enabled=False):  # which would round what is soon to be subtracted
+            # Not t.logits: they may have been standardized.
+            z_s, z_t = (F.linear(x, self.weight, self.bias) for x in (pooled, t.pooled.float()))
         return f_s, pooled, z_s, z_t

@@ -82,7 +82,8 @@ distillation() {  # for $pair by $method
             recipe+=(--distiller dkd)
             case $pair in
                 resnet56-resnet20 | resnet110-resnet32) recipe+=(--dkd-beta 2) ;;
-                wrn_40_2-wrn_16_2 | wrn_40_2-wrn_40_1 | cifar_vgg13-cifar_vgg8 | cifar_vgg13-cifar_mobilenet_v2)
+                wrn_40_2-wrn_16_2 | wrn_40_2-wrn_40_1 | cifar_vgg13-cifar_vgg8 | cifar_vgg13-cifar_mobilenet_v2 \
+                    | cifar_resnet50-wrn_16_2)
                     recipe+=(--dkd-beta 6) ;;
                 resnet32x4-resnet8x4 | resnet32x4-shufflenet_v1 | resnet32x4-cifar_shufflenet_v2 \
                     | wrn_40_2-shufflenet_v1 | cifar_resnet50-cifar_mobilenet_v2) recipe+=(--dkd-beta 8) ;;
@@ -103,8 +104,11 @@ distillation() {  # for $pair by $method
         mrkd)
             recipe+=(--distiller mrkd)
             case $pair in
-                resnet32x4-resnet8x4 | wrn_40_2-wrn_16_2 | wrn_40_2-wrn_40_1) ;;
-                *) recipe+=(--lr 0.01) ;;
+                resnet56-resnet20 | resnet110-resnet32 | cifar_vgg13-cifar_vgg8) recipe+=(--lr 0.01) ;;
+                resnet32x4-resnet8x4 | wrn_40_2-wrn_16_2 | wrn_40_2-wrn_40_1 | resnet32x4-shufflenet_v1 \
+                    | wrn_40_2-shufflenet_v1 | cifar_vgg13-cifar_mobilenet_v2 | cifar_resnet50-cifar_mobilenet_v2 \
+                    | resnet32x4-cifar_shufflenet_v2) ;;  # the common rate
+                *) unpublished rate ;;
             esac ;;
         expkd)
             recipe+=(--distiller expkd)
@@ -121,6 +125,9 @@ distillation() {  # for $pair by $method
                 cifar_vgg13-cifar_mobilenet_v2) recipe+=(--expkd-weight 3000) ;;
                 cifar_resnet50-cifar_mobilenet_v2) recipe+=(--expkd-weight 50000) ;;
                 resnet32x4-cifar_shufflenet_v2) recipe+=(--expkd-weight 100) ;;  # of the 1.5 times wider student
+                resnet32x4-cifar_mobilenet_v2) recipe+=(--expkd-weight 5) ;;
+                cifar_resnet34-cifar_resnet18) recipe+=(--lr 0.05 --expkd-weight 2000 --expkd-temperature 2) ;;
+                resnet32x4-resnet20) recipe+=(--lr 0.1 --expkd-weight 10) ;;
                 *) unpublished 'weight or rate' ;;
             esac ;;
         fitnet_kd) recipe+=(--distiller kd fitnet --ce-weight 0.1
@@ -134,7 +141,9 @@ distillation() {  # for $pair by $method
                 wrn_40_4-wrn_16_2) recipe+=(--srdwithdist-inter 4 --srdwithdist-intra 4) ;;
                 *) unpublished B ;;
             esac ;;
-        ft) recipe+=(--distiller ft --pair-images 50000) ;;  # the paraphraser sees all training images
+        ft)
+            recipe+=(--distiller ft --pair-images 50000)  # the paraphraser sees all training images
+            [[ $pair != *-cifar_vgg8 ]] || recipe+=(--ft-paraphraser-lr 0.05) ;;
         *) recipe+=(--distiller "$method") ;;
     esac
 }

@@ -15,7 +15,7 @@ from distillers.cache import HEADER, Table, TeacherCache
 from models import Features
 from utils import data, engine, signals
 from utils.args import base_parser, check
-from utils.data import Images, ResidentLoader, TrainData, make_loader
+from utils.data import Images, ResidentLoader, TrainData, load_data, make_loader
 from utils.guard import Guard
 from utils.optim import make_optimizer
 from utils.order import EvalOrder, TrainOrder
@@ -88,6 +88,17 @@ def test_evaluation_and_sample_batches_are_the_same(rank, world):
     training = both(source, ShiftView(arguments(), 5, 23), TrainOrder(23, 4, 1, 5, rank, world))
     plain = both(source, PlainView(32), EvalOrder([], 4, rank, world))
     assert_equal_batches(*(list(TrainData(*loaders).sample(2, 13)) for loaders in zip(training, plain)))
+
+
+def test_samples_come_in_the_runs_batches_and_another_order_each_turn():
+    """Whoever brings them: FT trains on them. An evaluation on the device is in larger ones."""
+    for backend in ('device', 'loader'):
+        train, valid, _ = load_data(arguments('--dataset', 'cifar10', '--dummy-images', '40', '-b', '8', '-j', '0',
+                                              '--data-backend', backend), 5, CPU)
+        turns = [[batch.index.tolist() for batch in train.sample(2, 20, turn)] for turn in (0, 1, 0)]
+        assert [[*map(len, turn)] for turn in turns] == [[8, 8, 4]] * 3
+        assert turns[0] == turns[2] != turns[1]
+        assert [len(batch.target) for batch in valid] == ([10] if backend == 'device' else [8, 2])
 
 
 def test_every_view_is_a_slice_of_the_padded_image():

@@ -27,11 +27,11 @@ PAIRS = """
     cifar_vgg13-cifar_mobilenet_v2     0.01  6    3/9    3/9/2     -         0.01  0.01/3000
     cifar_resnet50-cifar_mobilenet_v2  0.01  8    3/1    2/15/2    30        0.01  0.01/50000
     resnet32x4-cifar_shufflenet_v2     0.01  8    2/9    2/9/8     8         0.01  0.01/100
-    resnet110-resnet20                 0.05  -    4/12   2/15/2    -         0.01  0.01/0.5
-    resnet32x4-wrn_16_2                0.05  -    3/9    2/9/2     -         0.01  -
-    resnet32x4-wrn_40_2                0.05  -    3/9    2/9/8     -         0.01  -
-    wrn_40_2-resnet8x4                 0.05  -    2/9    2/18/2    -         0.01  -
-    wrn_40_2-cifar_mobilenet_v2        0.01  -    3/9    2/15/2    -         0.01  -
+    resnet110-resnet20                 0.05  -    4/12   2/15/2    -         -     0.01/0.5
+    resnet32x4-wrn_16_2                0.05  -    3/9    2/9/2     -         -     -
+    resnet32x4-wrn_40_2                0.05  -    3/9    2/9/8     -         -     -
+    wrn_40_2-resnet8x4                 0.05  -    2/9    2/18/2    -         -     -
+    wrn_40_2-cifar_mobilenet_v2        0.01  -    3/9    2/15/2    -         -     -
 """
 ROWS = {pair: row for pair, *row in map(str.split, PAIRS.strip().splitlines()[1:])}
 SRD = {'wrn_40_4-wrn_16_4': 10, 'wrn_40_2-wrn_40_1': 10, 'wrn_40_4-wrn_16_2': 4,  # B
@@ -122,7 +122,8 @@ def test_each_pair_has_its_own_values(asked, method):
             notes += [pair] * (review == '-')
             assert_method(args, 'reviewkd', reviewkd_weight=numbers(review, '5')[0], reviewkd_warmup=20)
         elif method == 'mrkd':
-            rate = float(mrkd)
+            notes += [pair] * (mrkd == '-')
+            rate, = numbers(mrkd, f'{rate}')
             assert_method(args, 'mrkd', mrkd_pearson=16, mrkd_kendall=32)
         else:
             notes += [pair] * (exp == '-')
@@ -141,7 +142,9 @@ def test_methods_of_one_recipe_for_all_pairs(asked, method):
         assert_taught(args, method, pair)
         assert_recipe(args, pair.split('-')[1], float(row[0]))
         assert_method(args, 'kd' if method == 'kd_dot' else method, optimizer='dot' if method == 'kd_dot' else 'sgd')
-        assert args.pair_images == 50000 or method != 'ft'
+        if method == 'ft':
+            assert args.pair_images == 50000
+            assert args.ft_paraphraser_lr == (0.05 if pair.endswith('cifar_vgg8') else 0.01)
 
 
 @pytest.mark.parametrize('script, pairs', [

@@ -161,6 +161,29 @@ def test_training_reaches_everything_but_the_teacher(networks):
     assert [name for name, p in task.named_parameters() if not p.grad.any()] == []
 
 
+@pytest.mark.parametrize('names, unreached', [
+    (['fitnet'], 'stage3, stage4, conv5, fc'), (['ab', 'crd'], 'fc'), (['kd'], '')])
+def test_without_labels_weight_decay_leaves_alone_what_no_method_reaches(networks, names, unreached):
+    student, teacher = copy.deepcopy(networks)
+    methods = from_flags(DISTILLERS, names, parse(['--fitnet-stage', '1']), student, teacher)
+    task = Distillation(student, teacher, methods, ce_weight=0)
+    task.know(torch.arange(4) % 2)
+    before = copy.deepcopy(task.state_dict())
+    frozen = task.freeze_unreached()
+    assert_same(task.state_dict(), before)  # running statistics and memories, too
+    parts = unreached.split(', ') if unreached else []
+    expected = {name for name, _ in student.named_parameters() if name.split('.')[0] in parts}
+    assert {name for name, p in student.named_parameters() if not p.requires_grad} == expected
+    assert frozen == sum(p.numel() for name, p in student.named_parameters() if name in expected)
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    task.train()
+    batch = make_batch(n=4)
+    sum(task(batch)[1].values()).backward()
+    optimizer.step()
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[f'student.{name}'])}
+    assert not moved & expected and len(moved | expected) == len([*student.parameters()])
+
+
 def test_student_may_be_wrapped(networks):
     student, teacher = networks
     task = Distillation(student, teacher, {'mgd': MGD(student, teacher)}).eval()

@@ -311,6 +311,18 @@ def test_the_teachers_classifier_passes_gradient_and_belongs_to_the_teacher(name
     assert kept and all(key.startswith('regression.connector') for key in kept)
 
 
+def test_mixed_precision_stays_out_of_the_teachers_classifier():
+    """Of maps that are equal already it makes logits, to be subtracted."""
+    student, teacher, s, t = looks('narrower')
+    regression, values = SRD(student, teacher).regression, []
+    regression.connector = torch.nn.Identity()
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            values.append(regression(s._replace(head=t.head), t)[2:])
+    for one, other in zip(*values):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize('name', ['srd', 'srdwithdist'])
 def test_standardized_logits_are_not_compared_with_raw_ones(name):
     student, teacher = zoo.make('narrower')

@@ -132,9 +132,9 @@ class TrainData:
         for end, micro in self.order.plan():
             yield end, [next(batches)._replace(weight=weight) for weight in self.order.weights(micro)]
 
-    def sample(self, epoch: int, count: int):
-        """Batches of training images as an evaluation sees images, others in every epoch, split over the ranks."""
-        order = torch.randperm(self.order.length, generator=generator(self.order.seed, 'sample', epoch))
+    def sample(self, epoch: int, count: int, turn: int = 0):
+        """Batches of training images as an evaluation sees images, others in every epoch and turn; split over ranks."""
+        order = torch.randperm(self.order.length, generator=generator(self.order.seed, 'sample', epoch, turn))
         self.plain.batch_sampler.samples = order[:count].tolist()
         return iter(self.plain)
 
@@ -231,8 +231,6 @@ def load_data(args, seed: int, device: torch.device):
     resident = together.shared('on device', lambda: on_device(args, train, device))  # what is there takes memory
     folder = args.dataset == 'imagefolder'
     plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
-    if resident and not folder:
-        share = max(share, EVALUATED)
 
     def loaders(source, *views_and_orders):
         if not resident or (folder and source is valid):
@@ -244,7 +242,8 @@ def load_data(args, seed: int, device: torch.device):
         held = together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
         return [ResidentLoader(Images(source, view), order, held) for view, order in views_and_orders]
 
-    evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), share, rank, world)))
+    at_once = max(share, EVALUATED) if resident and not folder else share
+    evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), at_once, rank, world)))
     if train:
         view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
         order = TrainOrder(len(train), batch, args.accum_steps, seed, rank, world)
