@@ -3,6 +3,7 @@
 # make test-d2 DETECTRON2=CHECKOUT    the same for d2, with a checkout of Detectron2
 # make lint    the checks of style
 # make bench   compare speed and memory with plain formulations, on a CPU; some minutes
+# make clean   remove .venv and runs/, with all that was trained
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin

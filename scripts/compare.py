@@ -1,7 +1,7 @@
 """Which method for my data? Train one student in several ways with the same budget and seeds, and report.
 
     python scripts/compare.py DIR --methods alone kd mgd mgd+kd --seeds 0 1 2 --jobs 2 --output runs/compare \\
-        --flags mgd '--mgd-loss-factor 319' -- --arch mobilenet_v1 --teacher-resume T.pth --epochs 30
+        --flags kd '--kd-temperature 2' -- --arch mobilenet_v1 --teacher-resume T.pth --epochs 30
 
 What stands behind -- goes to every run; `alone` is the student without a teacher, + joins methods. The same command
 goes on with what is missing. Ctrl-C lets the runs save; the exit code then is 75, as theirs. A method that fails (1)

@@ -4,8 +4,9 @@
     python scripts/prepare.py /cub /cub256 --format raw                           pixels, 3 bytes each
 
 The main scripts read the copy as any folder. What is in it already is passed over, so the same command goes on with
-what was interrupted. Images that cannot be read are named in manifest.json and left out; smaller ones stay as they are.
-The pixels are those of an evaluation at 224: with --format raw it scores the same to the digit.
+what was interrupted. Training images that cannot be read are named in manifest.json and left out; one to evaluate, or a
+class without any that can, is an error, and the copy is not used until it is mended. Smaller images stay as they are.
+Of --size 256 the pixels are those of an evaluation at 224: with --format raw it scores the same to the digit.
 """
 import argparse
 import json
@@ -153,9 +154,10 @@ def stored(target: Path, classes: list[str], raw: bool) -> dict[str, int]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, metavar='SRC', help='folder with train/ and valid/ or val/')
-    parser.add_argument('target', type=Path, metavar='DST')
+    parser.add_argument('target', type=Path, metavar='DST', help='folder of the copy, new or of an earlier call')
     parser.add_argument('--size', type=int, default=256, metavar='PIXELS', help='of the shorter side (%(default)s)')
-    parser.add_argument('--format', choices=('jpeg', 'raw'), default='jpeg', help='%(default)s')
+    parser.add_argument('--format', choices=('jpeg', 'raw'), default='jpeg',
+                        help='JPEGs in the same folders, or pixels, which are read faster and are larger (%(default)s)')
     parser.add_argument('--quality', type=int, default=90, metavar='1..100', help='of the JPEGs (%(default)s)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes (one per core)')
     args = parser.parse_args()
@@ -205,8 +207,8 @@ def convert(args, made: dict, splits: list[str], raw: bool):
     problem = next((f'not one image of {args.source / split / name} can be read' for split, of_split in counts.items()
                     for name, number in of_split.items() if not number), '')
     if unscored and not problem:
-        problem = (f'{len(unscored)} images to evaluate cannot be read, and a score without them would be of other '
-                   'data: mend or remove them, and start again')
+        problem = (f'of the images to evaluate {len(unscored)} cannot be read, and a score of the others would be of '
+                   'other data: mend or remove them, and start again')
     write_json(args.target / 'manifest.json', made | {'complete': not problem, 'images': counts,
                                                       'unreadable': dict(sorted(unreadable.items()))})
     for path, why in sorted(unreadable.items()):

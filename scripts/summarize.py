@@ -159,7 +159,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', nargs='*', type=Path, metavar='RUN', help='folder of a run, or its file in results/')
     parser.add_argument('--collect', action='store_true', help='put the results of the runs into --results')
-    parser.add_argument('--results', type=Path, default=HERE.parent / 'results', metavar='DIR', help='(%(default)s)')
+    parser.add_argument('--results', type=Path, default=HERE.parent / 'results', metavar='DIR', help='(results/)')
     args = parser.parse_args()
 
     named = [run for run in map(read, args.runs) if run]

@@ -32,6 +32,7 @@ class Run:
         log = folder / 'log.jsonl'
         self.records = records(log.read_text(errors='replace').splitlines())[0] if log.exists() else []
         self.images = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
+        self.contents = self.result.get('images')  # a hash of all
         self.predictions = read_npz(folder / 'predictions.npz')
         self.guesses = [told for told in (self.predictions, read_npz(folder / 'start.npz')) if told]
 
@@ -120,9 +121,10 @@ def other_data(ways) -> str:
     """What keeps their scores from being compared: that they are of different images."""
     first = size = target = None
     for run in (run for way in ways for run in way.runs if run.arguments):
-        data = {key: run.arguments.get(key) for key in DATA}
-        first, size = first or (run, data), size or run.images
-        differing = [key for key in DATA if data[key] != first[1][key]]
+        first, size = first or run, size or run.images
+        differing = [key for key in DATA if run.arguments.get(key) != first.arguments.get(key)]
+        if run.contents and run.contents == first.contents:  # of a copy elsewhere
+            differing = []
         if run.images and run.images != size:
             differing.append(f'the number of validation images ({size} and {run.images})')
         for told in run.guesses:
@@ -130,7 +132,7 @@ def other_data(ways) -> str:
             if not np.array_equal(told['target'], target):
                 differing = differing or ['the classes of the validation images']
         if differing:
-            return (f'{first[0].folder} and {run.folder} are runs of different data: they differ in '
+            return (f'{first.folder} and {run.folder} are runs of different data: they differ in '
                     f'{", ".join(differing)}')
     return ''
 

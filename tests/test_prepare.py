@@ -127,7 +127,7 @@ def test_images_to_evaluate_are_all_there_or_it_is_not_complete(prepared, folder
     image = folder / 'val' / 'cat' / '1.jpg'
     whole = image.read_bytes()
     image.write_bytes(whole[:300])
-    with pytest.raises(SystemExit, match='1 images to evaluate cannot be read'):
+    with pytest.raises(SystemExit, match='of the images to evaluate 1 cannot be read'):
         prepared(form)
     with pytest.raises(SystemExit, match='not complete'):
         load_source(arguments(folder.parent / 'dst'), train=True)

@@ -112,6 +112,10 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(tell, tmp_path):
         other = made_run(tmp_path / name, 'net', seed, 3, **arguments)
         refused = tell(first, other, '-o', tmp_path / 'a.html')
         assert refused.code == 2 and complaint in refused.err and len(refused.err.splitlines()) == 1
+    for name in ('kd-0', 'mgd-0'):
+        result = json.loads((tmp_path / name / 'result.json').read_text())
+        (tmp_path / name / 'result.json').write_text(json.dumps(result | {'images': '9 + 40 images abc'}))
+    assert tell(first, tmp_path / 'mgd-0', '-o', tmp_path / 'b.html').code == 0  # a copy of the same
     elsewhere = made_run(tmp_path / 'teacher', 'big', 5, 30, data='others')
     taught = made_run(tmp_path / 'dkd-0', 'net', 0, 3, method='dkd', teacher_resume=str(elsewhere / 'last.pth'))
     assert 'different data' in tell(taught, '--teacher', elsewhere, '-o', tmp_path / 'a.html').err

@@ -63,7 +63,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(description=description, fromfile_prefix_chars='@', formatter_class=Formatter,
                     epilog='@FILE in place of arguments reads them from a file, # starts a comment. Exit codes: '
                            '0 done, 1 an error that one line names, 2 wrong flags, 3 loss or gradient not finite, '
-                           '75 stopped by a signal after saving (the same command goes on).')
+                           '75 stopped by a signal after saving (the same command, with --output, goes on).')
     on = {'nargs': '?', 'const': True, 'default': False, 'type': switch, 'metavar': '0|1'}
 
     g = parser.add_argument_group('data')
@@ -165,7 +165,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--resume', default='auto', metavar='auto|PATH',
                    help='auto: the newest valid checkpoint of --output; or a checkpoint file')
     g.add_argument('--overwrite', action='store_true', help='start anew in an --output that holds another run')
-    g.add_argument('--save-every', type=natural, default=0, metavar='STEPS',
+    g.add_argument('--save-every', type=natural, default=0, metavar='UPDATES',
                    help='checkpoints inside an epoch too (0: only after each)')
     g.add_argument('-e', '--evaluate', action='store_true', help='only score the network')
     g.add_argument('--inspect', action='store_true',
@@ -174,7 +174,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--seeds', type=natural, nargs='+', metavar='N',
                    help='train a run with each of them in one process on one device, sharing images and teacher; each '
                         'as if alone with --seed N --output DIR-N')
-    g.add_argument('-p', '--print-freq', type=count, default=10, metavar='STEPS', help='steps between two lines')
+    g.add_argument('-p', '--print-freq', type=count, default=10, metavar='UPDATES', help='between two lines')
     g.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=True,
                    help='scalars for TensorBoard in --output')
 
@@ -184,8 +184,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--multiprocessing-distributed', action='store_true', help='start one process per GPU')
     g.add_argument('--procs-per-node', type=count, metavar='N',
                    help='processes of --multiprocessing-distributed (default: one per GPU)')
-    g.add_argument('--world-size', type=int, default=-1, metavar='NODES', help='number of nodes')
-    g.add_argument('--rank', type=int, default=-1, metavar='NODE', help='number of this node')
+    g.add_argument('--world-size', type=int, default=-1, metavar='NODES', help='number of nodes (default: one)')
+    g.add_argument('--rank', type=int, default=-1, metavar='NODE', help='number of this node (default: none)')
     g.add_argument('--dist-url', metavar='URL', help='where ranks meet, tcp://HOST:PORT')
     g.add_argument('--dist-backend', default='nccl', help='for GPUs; CPUs always use gloo')
     g.add_argument('--dist-timeout', type=positive, default=1800, metavar='SECONDS',

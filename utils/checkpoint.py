@@ -2,11 +2,11 @@
 
 checkpoint.pth is a plain dict:
     format     1
-    model, optimizer, scaler, ema, ...    state dicts of what the run tracks (the teacher is never among them)
+    model, optimizer, scaler, ema, ...    state dicts of what the run tracks (a frozen teacher is never among them)
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, best, last, seconds
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
-    facts      what else the run is tied to: a hash of its images; the teacher's name, that of its weights, what it gets
+    facts      what else the run is tied to: hashes of its images' names and of the teacher's weights, what that gets
     classes    of the data, in the order of the outputs
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.
@@ -78,7 +78,7 @@ def read(path: Path) -> dict:
         raise ValueError(f'{path} is refused: it is damaged, or holds more than tensors and plain values, and loading '
                          'that could run code; save the bare state_dict where you trust it') from None
     except Exception as error:  # there is no end to what a broken file can raise
-        raise ValueError(f'{path} is damaged or no checkpoint: {_line(error)}') from None
+        raise ValueError(f'{path} is damaged or no checkpoint: {_line(error).partition(". ")[0]}') from None
 
 
 def newest(path: Path, report=print) -> tuple[dict | None, Path | None]:
