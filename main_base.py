@@ -48,6 +48,7 @@ def worker(args, device):
         return
     if args.student_resume:
         checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
+        run.facts['start'] = checkpoint.fingerprint(student)
 
     # what trains it
     ema = make_ema(student, args)

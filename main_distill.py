@@ -116,6 +116,7 @@ def worker(args, device):
     student = setup.place(build_student(args, outputs, args.pretrained, shows=True), device, args)
     if args.student_resume and not args.evaluate:
         checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
+        run.facts['start'] = checkpoint.fingerprint(student)
 
     # distillers, which probe both at this size; an evaluation needs only those that the student predicts through
     student.image_size = teacher.image_size = args.image_size

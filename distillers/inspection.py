@@ -94,6 +94,8 @@ def worker(args, device):
         'batch_size': max(batch_size // ranks, 1), 'cache_dir': None, 'save_every': 0,
         'sync_bn': args.sync_bn and ranks == 1, 'gpu': device.index if ranks > 1 else args.gpu})
     print(f'{Path(sys.argv[0]).name} --inspect: nothing is trained, nothing is written')
+    if args.sync_bn and device.type != 'cuda':
+        found.problems.append('--sync-bn needs GPUs')
 
     run = find_run(args, device, found)
     train, valid, classes, real = find_data(args, one, run.seed, device, found)
@@ -104,6 +106,8 @@ def worker(args, device):
 
     networks, origins, columns = find_networks(args, outputs, classes if real else None, run.seed, device, found)
     student, teacher = networks.get('student'), networks.get('teacher')
+    if student and args.student_resume:
+        run.facts['start'] = checkpoint.fingerprint(student)
 
     # methods
     task = optimizer = made = None
@@ -122,6 +126,8 @@ def worker(args, device):
                 print(f"{unreached:,} of the student's parameters are in no loss, and stay as they are")
             if args.cache_teacher == 'off':
                 made.stand_in = lean_teacher(made, teacher, device, one)
+            if args.teacher_stream:
+                made.teach_beside(device)
         with found.listing('--cache-teacher: '):
             if args.cache_teacher != 'off' and real:
                 if args.cache_dir:
@@ -202,6 +208,7 @@ def find_run(args, device, found: Findings) -> Run:
             run = Unwritten(single, device)
         with found.listing():
             check_folder('--output', run.folder)
+            run.refuse_folder()
     return run
 
 

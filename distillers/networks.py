@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from models import Foreign, Renormalised, create_model, refuse_other_outputs
+from models import Foreign, Renormalised, create_model, refuse_other_outputs, where
 from utils import checkpoint, distributed
 from utils.views import STATISTICS
 
@@ -48,9 +48,11 @@ def build_student(args, classes, pretrained=False, shows=False):
 
 def build_teacher(args, classes, pretrained=False, shows=False):
     """The teacher, for the student's images: it gets them normalised, and of the size, as it was trained."""
-    if pretrained and starts_fresh(args.teacher_arch, classes):
-        methods = getattr(args, 'distiller', [])
-        if needy := [name for name in methods if 'logits' in (DISTILLERS[name].teacher_reads or ())]:
+    methods = getattr(args, 'distiller', [])
+    if needy := [name for name in methods if 'logits' in (DISTILLERS[name].teacher_reads or ())]:
+        if classes < 2:
+            sys.exit(f'error: --distiller {" ".join(needy)} compares classes, and there is one')
+        if pretrained and starts_fresh(args.teacher_arch, classes):
             sys.exit(f'error: as published {args.teacher_arch} does not know these {classes} classes, but --distiller '
                      f'{" ".join(needy)} reads its logits: train it on them (main_base.py --arch {args.teacher_arch} '
                      '--pretrained), and name its weights with --teacher-resume')
@@ -87,9 +89,8 @@ def try_out(network, arch, classes, flag, size):
             refuse_other_outputs(network(torch.zeros(1, 3, size, size)), classes)
         except ValueError as error:
             sys.exit(f'error: {arch}: {error}')
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).strip().splitlines() or [type(error).__name__]
-            sys.exit(f'error: {arch} does not take images of {size} pixels ({flag}): {why[0]}')
+        except Exception as error:  # of somebody's forward()
+            sys.exit(f'error: {arch} does not take images of {size} pixels ({flag}): {where(error)}')
 
 
 def showing(network, arch, classes, stages, image_size):

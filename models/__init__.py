@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -22,7 +23,8 @@ from . import cifar, imagenet
 from .features import Features
 from .foreign import Foreign, Renormalised, refuse_other_outputs
 
-__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names', 'refuse_other_outputs']
+__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names', 'refuse_other_outputs',
+           'where']
 
 NETWORKS = imagenet.NETWORKS | cifar.NETWORKS
 
@@ -85,7 +87,10 @@ def called(module: str, function: str, num_classes: int) -> nn.Module:
         inspect.signature(make).bind(num_classes=num_classes)
     except TypeError as error:
         raise ValueError(f'{function}(num_classes={num_classes}) is what is called, but: {error}') from None
-    network = make(num_classes=num_classes)
+    try:
+        network = make(num_classes=num_classes)
+    except Exception as error:
+        raise ValueError(f'{function} cannot make it: {where(error)}') from None
     if not isinstance(network, nn.Module):
         raise ValueError(f'{function} returns {type(network).__name__} instead of a torch.nn.Module')
     return network
@@ -99,9 +104,18 @@ def find_function(module: str, function: str) -> Callable:
     except (ImportError, ValueError) as error:
         raise ValueError(f'cannot import {module} ({error}); a network is NAME, torchvision:NAME, timm:NAME, or '
                          'package.module:function, in the current folder or installed') from None
+    except Exception as error:  # of the package itself
+        raise ValueError(f'cannot import {module}: {where(error)}') from None
     if not callable(getattr(package, function, None)):
         raise ValueError(unknown(f'function of {package.__file__}', function, dir(package)))
     return getattr(package, function)
+
+
+def where(error: Exception) -> str:
+    """What went wrong in somebody's code, and in which line, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f'{text} ({type(error).__name__} at {last.filename}:{last.lineno})'
 
 
 def build(name: str, num_classes: int, source: str = '') -> nn.Module:

@@ -31,8 +31,24 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 75
 STOPPED = (INTERRUPTED, -signal.SIGTERM)  # the latter before it could heed one
 EVERY = 30  # seconds between two reports
-OF_TEACHER = ('--teacher-arch', '--teacher-resume')
+OF_TEACHER = ('--teacher-arch', '--teacher-resume', '--teacher-mean', '--teacher-std', '--teacher-size')
 OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e')
+
+
+def spelt_out(flags: list[str]) -> list[str]:
+    """With the words of each @file in its place, and MGD's --use-pretrained 1 in the words of main_base.py."""
+    parser, words = base_parser(''), []
+    for word in flags:
+        try:
+            lines = Path(word[1:]).read_text().splitlines() if word.startswith('@') else None
+        except (OSError, ValueError) as error:
+            parser.error(f'{word}: {error}')
+        words += [word] if lines is None else [w for line in lines for w in parser.convert_arg_line_to_args(line)]
+    while '--use-pretrained' in words:
+        at = words.index('--use-pretrained')
+        value = words[at + 1:at + 2]
+        words[at:at + 1 + (value in (['0'], ['1']))] = ['--pretrained'] * (value != ['0'])
+    return words
 
 
 def of_student(flags: list[str]) -> list[str]:
@@ -49,7 +65,7 @@ def of_student(flags: list[str]) -> list[str]:
 
 def command(method: str, seed: int, out: Path, args, flags: list[str]) -> list[str]:
     data = [args.data] if args.data else []
-    own = [word for name, words in args.flags if name == method for word in shlex.split(words)]
+    own = spelt_out([word for name, words in args.flags if name == method for word in shlex.split(words)])
     if method == 'alone':
         return ['main_base.py', *data, *of_student(flags), *own, '--seed', str(seed), '--output', str(out)]
     names = method.split('+')
@@ -177,7 +193,7 @@ def write_report(jobs):
 def main():
     words = sys.argv[1:]
     at = words.index('--') if '--' in words else len(words)
-    words, flags = words[:at], words[at + 1:]
+    words, flags = words[:at], spelt_out(words[at + 1:])
     for i in (i + 2 for i, word in enumerate(words[:-2]) if word == '--flags'):
         words[i] = f' {words[i]}'  # a word with a space is no flag of ours to argparse
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,6 +18,8 @@ import threading
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import checkpoint, signals
-from utils.sources import Folder, read
+from utils.sources import Folder, images_in, read
 
 SHARD = 256  # images, some 70 MB
 
@@ -99,9 +101,12 @@ def finished(target: Path, index: Path) -> bool:
     """Whether a shard is whole; what could not be read may have been mended since."""
     if not index.exists() or not target.exists():
         return False
-    found = json.loads(index.read_text())
-    pixels = sum(3 * height * width for *_, height, width in found['images'])
-    return target.stat().st_size == pixels and not found['unreadable']
+    try:
+        found = json.loads(index.read_text())
+        pixels = sum(3 * height * width for *_, height, width in found['images'])
+        return target.stat().st_size == pixels and not found['unreadable']
+    except (ValueError, KeyError, TypeError):  # torn
+        return False
 
 
 def write_json(path: Path, content: dict):
@@ -116,6 +121,8 @@ def jobs_of(source: Path, target: Path, raw: bool) -> tuple[list[str], list]:
     names = [os.path.relpath(path, source) for path, _ in folder.samples]
     if not raw:
         named = [name if name.lower().endswith(('.jpg', '.jpeg')) else name + '.jpg' for name in names]
+        if twice := [name for name, number in Counter(named).items() if number > 1]:
+            sys.exit(f'error: two images of {source} would be {twice[0]} in the copy: rename one')
         return folder.classes, [(path, target / name) for (path, _), name in zip(folder.samples, named)]
     samples = [(path, name, label) for (path, label), name in zip(folder.samples, names)]
     return folder.classes, [(samples[begin:begin + SHARD], target / f'{begin // SHARD:05}.raw')
@@ -146,7 +153,7 @@ def stored(target: Path, classes: list[str], raw: bool) -> dict[str, int]:
         indexes = [json.loads(path.read_text()) for path in target.glob('*.json')]
         names = [Path(name) for index in indexes for name, *_ in index['images']]
     else:
-        names = [Path(folder, file).relative_to(target) for folder, _, files in os.walk(target) for file in files]
+        names = [Path(path).relative_to(target) for path in (images_in(target) if target.is_dir() else ())]
     found = Counter(name.parts[0] for name in names)
     return {name: found[name] for name in classes}
 
@@ -172,14 +179,19 @@ def main():
     manifest = args.target / 'manifest.json'
     try:
         if manifest.exists():
-            there = json.loads(manifest.read_text())
-            if {key: there.get(key) for key in made} != made:
+            try:
+                there = json.loads(manifest.read_text())
+            except ValueError:  # torn; what it told of is all looked at again
+                there = made
+            if not isinstance(there, dict) or {key: there.get(key) for key in made} != made:
                 sys.exit(f'error: {args.target} was made otherwise: remove it, or name another folder')
         elif args.target.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
             sys.exit(f'error: {args.target} holds something else: remove it, or name another folder')
         args.target.mkdir(parents=True, exist_ok=True)
         write_json(manifest, made | {'complete': False})
         convert(args, made, splits, raw)
+    except BrokenProcessPool:
+        sys.exit('\nerror: a process was killed, as for want of memory (fewer --workers?); the same command goes on')
     except (OSError, Damaged) as error:
         sys.exit(f'\nerror: writing to {args.target}: {error} ({checkpoint.free(manifest)})')
     except KeyboardInterrupt:
@@ -192,10 +204,12 @@ def convert(args, made: dict, splits: list[str], raw: bool):
     counts, unreadable = {}, {}
     for split in splits:
         classes, jobs = jobs_of(args.source / split, args.target / split, raw)
-        with multiprocessing.Pool(args.workers, leave_with_parent) as pool:
-            results = list(progress(pool.imap_unordered(store, jobs, 1 if raw else 16), len(jobs), split))
-            pool.close()  # they leave by themselves; a signal might find one that has not begun yet
-            pool.join()
+        with ProcessPoolExecutor(args.workers, initializer=leave_with_parent) as pool:
+            try:
+                results = list(progress(pool.map(store, jobs, chunksize=1 if raw else 16), len(jobs), split))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         counts[split] = stored(args.target / split, classes, raw)
         expected, found = sum(result['images'] for result in results), sum(counts[split].values())
         if expected != found:

@@ -75,6 +75,9 @@ def worker(args, device):
         if path:
             checkpoint.load_weights(network, path, arch)
     pictures = {'tsne': draw_tsne, 'correlation': draw_correlation, 'cam': draw_cams}
+    if outputs < 2:
+        del pictures['correlation']
+        print('note: no correlation of classes is drawn: there is one')
     if without := [f'{name}: {why}' for name, network in networks.items() if (why := why_no_cams(network))]:
         del pictures['cam']
         print(f'note: no activation maps are drawn; {"; ".join(without)}')

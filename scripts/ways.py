@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import NEUTRAL
 
-FREE = (NEUTRAL | {'seed', 'seeds'}) - {'teacher_resume'}  # arguments that runs of one way may differ in
+# arguments that runs of one way may differ in
+FREE = (NEUTRAL | {'seed', 'seeds'}) - {'teacher_resume', 'student_resume'}
 DATA = ('dataset', 'data', 'dummy', 'dummy_images')
 COLUMNS = ('', 'network', 'top-1, last epoch', 'runs', 'top-1, best epoch', 'seconds per run')
 

@@ -37,6 +37,12 @@ def test_argument_files(tmp_path):
     assert args.nesterov and args.lr == 0.02 and args.lr_drop_epochs == [31, 61, 81]
 
 
+def test_a_quote_that_does_not_end_is_a_wrong_flag(tmp_path, base):
+    (tmp_path / 'recipe').write_text("--output it's")
+    run = base(f'@{tmp_path / "recipe"}')
+    assert run.code == 2 and 'No closing quotation' in run.err
+
+
 def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     with pytest.raises(SystemExit) as stop:
         parse('--help')

@@ -290,6 +290,13 @@ def test_what_is_hidden_is_no_class_and_no_image(images, tmp_path):
     assert all_of_it.classes == shown.classes and all_of_it.targets == shown.targets
 
 
+def test_links_lead_to_images_but_not_back_up(images, tmp_path):
+    shutil.copytree(images / 'valid', tmp_path / 'valid')
+    for link, target in (('ant/self', '.'), ('bee/up', '../..'), ('cat/more', images / 'train' / 'cat')):
+        (tmp_path / 'valid' / link).symlink_to(target)
+    assert Counter(Folder(tmp_path / 'valid').targets) == {0: 5, 1: 5, 2: 5 + 13}
+
+
 def test_an_evaluation_never_replaces(spoiled, base, tmp_path):
     (spoiled / 'valid' / 'cat' / '1.jpg').write_bytes(b'')
     run = base(spoiled, '-e')

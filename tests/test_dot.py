@@ -99,3 +99,11 @@ def test_what_would_mix_the_gradients_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         arguments('--optimizer', 'dot', *flags)
     assert '--optimizer dot' in capsys.readouterr().err
+
+
+def test_a_parameter_that_no_loss_reaches_stays():
+    model, plain = Toy(), Toy()
+    model.unused = nn.Parameter(torch.tensor([3.0]))
+    *others, unused = train(model, DOT(model.parameters(), LR, MU, DELTA, DECAY), [[[0.3]], [[0.9]]])
+    assert unused == 3
+    assert others == train(plain, DOT(plain.parameters(), LR, MU, DELTA, DECAY), [[[0.3]], [[0.9]]])

@@ -110,6 +110,13 @@ def test_all_problems_at_once(distill, images, teacher, tmp_path):
     assert '  kd  The student' in run.out  # what fits is looked at all the same
 
 
+def test_what_only_gpus_can_do(distill, images, teacher):
+    run = distill(images, '--arch', 'shufflenet_v2_x0_5', '--teacher-arch', TEACHER, '--teacher-resume', teacher(3),
+                  '--distiller', 'kd', '--teacher-stream', '--sync-bn', '--multiprocessing-distributed',
+                  '--procs-per-node', 2, '--inspect')
+    assert run.code == 1 and {text.split()[0] for text in problems(run)} == {'--sync-bn', '--teacher-stream'}
+
+
 def test_missing_data(distill, teacher, tmp_path):
     run = distill(tmp_path / 'none', *PAIR, '--teacher-resume', teacher(7), '--distiller', 'kd', '--inspect')
     assert run.code == 1 and 'Traceback' not in run.out + run.err

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,41 @@ def test_a_damaged_shard_is_found_and_made_anew(prepared):
         load_source(arguments(target), train=False)
     prepared('raw')
     assert shard.read_bytes() == whole and len(load_source(arguments(target), train=False)) == 6
+
+
+def test_what_is_torn_is_made_anew(prepared, folder):
+    target = prepared('raw')
+    for file in (target / 'manifest.json', target / 'train' / '00000.json'):
+        content = file.read_text()
+        file.write_text(content[:40])
+        with pytest.raises(SystemExit, match=rf'{file.name} is damaged: start scripts/prepare.py again'):
+            load_source(arguments(target), train=True)
+        prepared('raw')
+        assert file.read_text() == content
+
+
+def test_names_that_would_be_one_are_told_at_once(prepared, folder):
+    Image.new('RGB', (40, 40)).save(folder / 'train' / 'bee' / 'tall.png.jpg')
+    with pytest.raises(SystemExit, match=r'would be bee/tall.png.jpg in the copy'):
+        prepared('jpeg')
+
+
+def test_other_files_in_a_copy_do_no_harm(prepared):
+    (prepared('jpeg') / 'train' / 'ant' / '.DS_Store').touch()
+    prepared('jpeg')
+
+
+def test_a_killed_process_ends_it(folder):
+    for number in range(400):
+        os.link(folder / 'train' / 'ant' / '0.jpg', folder / 'train' / 'ant' / f'more{number}.jpg')
+    process = start(sys.executable, ROOT / 'scripts' / 'prepare.py', folder, folder.parent / 'dst', '--size', 36,
+                    '--workers', 1)
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    while not list((folder.parent / 'dst').rglob('*.jpg')):
+        time.sleep(0.01)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'a process was killed' in out and 'Traceback' not in out
 
 
 def test_nothing_usable_is_an_error(prepared, folder):

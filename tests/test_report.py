@@ -306,6 +306,14 @@ def test_a_student_alone_gets_the_flags_that_it_has():
     assert compare.of_student(flags) == kept
 
 
+def test_a_student_alone_has_the_recipe_of_the_others(tmp_path):
+    (tmp_path / 'recipe').write_text('--lr 0.3  # found for it\n--teacher-size 64 --epochs 7')
+    words = ['--teacher-resume', 'T.pth', f'@{tmp_path / "recipe"}', '--use-pretrained', '1', '--arch', 'net']
+    assert compare.of_student(compare.spelt_out(words)) == ['--lr', '0.3', '--epochs', '7', '--pretrained', '--arch',
+                                                            'net']
+    assert compare.spelt_out(['--use-pretrained', '0', '-j', '1']) == ['-j', '1']
+
+
 def test_methods_are_compared_and_what_is_finished_is_left_alone(contrast, tmp_path):
     flags = [word for word in TAUGHT if word not in ('--seed', '1')] + ['--epochs', '1']
     args = ['--methods', 'alone', 'kd', '--seeds', 7, '--jobs', 2, '--output', tmp_path, '--flags', 'kd',

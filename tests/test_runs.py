@@ -1,12 +1,13 @@
 """main_base.py from beginning to end, in this process."""
 import copy
 import json
+import shutil
 import time
 
 import pytest
 import torch
 import torchvision
-from conftest import assert_close, assert_same, write_images
+from conftest import assert_close, assert_same, signal_in_update, write_images
 
 import main_base
 from models import create_model
@@ -142,6 +143,63 @@ def test_the_same_command_goes_on_and_another_is_refused(base, images, tmp_path)
     assert anew.code == 0 and 'resumed' not in anew.out and len(anew.log()) == 1
     after = anew.weights()
     assert any(not torch.equal(after[k], before[k]) for k in before)
+
+
+def test_what_lies_in_a_folder_is_not_written_over(base, images, tmp_path):
+    flags = [images, '--epochs', 2, '--output', tmp_path / 'run']
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'notes.tmp').write_text('mine')
+    assert base(*flags).code == 0 and (tmp_path / 'run' / 'notes.tmp').exists()
+    best = (tmp_path / 'run' / 'best.pth').read_bytes()
+    for path in (tmp_path / 'run').glob('checkpoint*'):
+        path.unlink()
+    assert "run whose checkpoint.pth is gone" in base(*flags).err
+    run = base(*flags, '--student-resume', tmp_path / 'run' / 'best.pth', '--overwrite')
+    assert run.code == 1 and 'lies in --output, where this run would write over it' in run.err
+    assert (tmp_path / 'run' / 'best.pth').read_bytes() == best
+    shutil.copytree(images, tmp_path / 'images')
+    inside = tmp_path / 'images' / 'train' / 'run'
+    run = base(tmp_path / 'images', '--output', inside)
+    assert run.code == 1 and 'lies among the images' in run.err and not inside.exists()
+
+
+def test_a_run_that_began_on_an_empty_folder_does_not_write_over_a_later_one(base, images, tmp_path, monkeypatch):
+    """The same job twice: the first one saves and ends while the second one still lists its images."""
+    flags = [images, '--epochs', 1, '--output', tmp_path / 'run']
+    genuine = main_base.load_data
+
+    def slowly(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(main_base, 'load_data', genuine)
+            assert base(*flags).code == 0
+        return genuine(*args)
+    monkeypatch.setattr(main_base, 'load_data', slowly)
+    late = base(*flags, '--seed', 9)
+    assert late.code == 1 and 'another run has written to' in late.err and late.json()['seed'] == 3
+
+
+def test_the_weights_a_run_starts_from_may_move_but_not_change(base, images, tmp_path):
+    base(images, '--epochs', 1, '--output', tmp_path / 'first')
+    shutil.copy(tmp_path / 'first' / 'best.pth', tmp_path / 'a.pth')
+    flags = [images, '--epochs', 1, '--output', tmp_path / 'run', '--student-resume']
+    with signal_in_update(2):
+        assert base(*flags, tmp_path / 'a.pth').code == signals.EXIT_INTERRUPTED
+    torch.save({name: value + 1 for name, value in torch.load(tmp_path / 'a.pth').items()}, tmp_path / 'b.pth')
+    assert 'its start: ' in base(*flags, tmp_path / 'b.pth').err
+    assert base(*flags, tmp_path / 'first' / 'best.pth').code == 0
+
+
+def test_a_damaged_log_does_not_stop_a_run(base, images, tmp_path):
+    base(images, '--epochs', 2, '--output', tmp_path)
+    lines = (tmp_path / 'log.jsonl').read_bytes().splitlines(keepends=True)
+    (tmp_path / 'log.jsonl').write_bytes(lines[0] + b'garb\xffage\n{"epoch": "x"}\n' + lines[1])
+    assert base(images, '--epochs', 2, '--output', tmp_path).code == 0
+    assert (tmp_path / 'log.jsonl').read_bytes() == b''.join(lines)
+
+
+def test_one_image_in_the_last_batch_is_one_line(base, images, tmp_path):
+    run = base(images, '--epochs', 1, '-b', 19, '--output', tmp_path)
+    assert run.code == 1 and run.err.startswith('error: a BatchNorm has 1 image') and 'Traceback' not in run.err
 
 
 def test_resume_of_another_network_or_another_optimizer(base, images, tmp_path):

@@ -4,11 +4,11 @@ import os
 import shlex
 
 # What may change between a run and its resume: it says where and how fast to run, not what to compute. Images and
-# teacher may lie elsewhere, as a run is tied to what they are (Run.facts).
-NEUTRAL = {'data', 'teacher_resume', 'workers', 'print_freq', 'resume', 'evaluate', 'overwrite', 'output',
-           'save_every', 'tensorboard', 'gpu', 'world_size', 'rank', 'dist_url', 'dist_backend', 'dist_timeout',
-           'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images', 'start_epoch',
-           'data_backend', 'cache_dir', 'inspect'}
+# weights may lie elsewhere, as a run is tied to what they are (Run.facts).
+NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 'resume', 'evaluate', 'overwrite',
+           'output', 'save_every', 'tensorboard', 'gpu', 'world_size', 'rank', 'dist_url', 'dist_backend',
+           'dist_timeout', 'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images',
+           'start_epoch', 'data_backend', 'cache_dir', 'inspect'}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -24,7 +24,10 @@ class Formatter(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):  # of an @file: as in a shell, with comments
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f'{line!r}: {error}')
 
 
 def switch(text: str) -> bool:

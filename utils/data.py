@@ -7,6 +7,7 @@ import hashlib
 import sys
 import warnings
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .crops import ResidentImages, stack
 from .order import EvalOrder, TrainOrder
 from .randomness import generator
 from .resident import Resident
-from .sources import Shards, load_or_next, load_source
+from .sources import Shards, load_or_next, load_source, manifest
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
@@ -207,8 +208,10 @@ def contents(train: TrainData, valid) -> str:
     sources, digest = (train.images.source, valid.dataset.source), hashlib.sha256()
     for source in sources:
         root = str(getattr(source, 'root', ''))  # a copy elsewhere is the same
+        made = manifest(Path(root).parent) if root else {}  # a copy by prepare.py is not what it was made from
         names = (source.name(index).removeprefix(root) for index in range(len(source)))
-        digest.update('\n'.join([*source.classes, *names]).encode())
+        told = [str(made.get(key)) for key in ('format', 'size', 'quality')]
+        digest.update('\n'.join([*told, *source.classes, *names]).encode(errors='surrogateescape'))
     return f'{" + ".join(f"{len(source):,}" for source in sources)} images {digest.hexdigest()[:16]}'
 
 

@@ -123,7 +123,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         if stop.code in (0, None, signals.EXIT_INTERRUPTED) and dist.is_initialized():
             dist.destroy_process_group()
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not (said := in_words(error, rank, args)):
             raise
         print(f'error: {said}', file=sys.stderr, flush=True)
@@ -132,7 +132,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         dist.destroy_process_group()
 
 
-def in_words(error: RuntimeError, rank: int, args) -> str:
+def in_words(error: Exception, rank: int, args) -> str:
     """An error of the device or of another rank, for the user; nothing of one whose traceback is needed."""
     text = str(error).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
@@ -140,6 +140,11 @@ def in_words(error: RuntimeError, rank: int, args) -> str:
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
     if 'not one image can be read' in str(error):  # told by a loader process, it is the last line
         return str(error).splitlines()[-1].removeprefix('RuntimeError: ')
+    if text.startswith('Expected more than 1 value per channel'):
+        return 'a BatchNorm has 1 image to take statistics from, as of the last batch of an epoch: take another -b'
+    if 'Expected to have finished reduction' in text:
+        return ("over several ranks each of the student's parameters has to be in a loss, and some are in none: freeze "
+                'them where the network is made, by requires_grad_(False)')
     if 'have a deterministic implementation' in text:
         return f'--deterministic: {text.partition(",")[0]}'
     if any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):
@@ -257,7 +262,7 @@ def wrap(task, device, args):
     """DDP around the whole task, DataParallel around its student alone, or the task as it is."""
     if args.sync_bn:
         if device.type != 'cuda' or not dist.is_initialized():
-            sys.exit('error: --sync-bn needs GPUs with one process each (torchrun or --multiprocessing-distributed)')
+            stop('--sync-bn needs GPUs, and one process for each (torchrun or --multiprocessing-distributed)')
         task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
     if dist.is_initialized():
         new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15 on

@@ -40,7 +40,7 @@ class DOT(torch.optim.Optimizer):
         self.average()
         for group in self.param_groups:
             mu, delta, decay = group['momentum'], group['delta'], group['weight_decay']
-            for p in group['params']:
+            for p in (p for p in group['params'] if p.grad is not None):
                 state = self.state[p]
                 if state['shared']:
                     g_ce = self.g_ce[p]

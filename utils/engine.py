@@ -129,7 +129,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
             with precision(device, args.amp):
                 logits = network(batch.images)
             counts[i] += hits(logits, batch.target)
-            losses[i] += F.cross_entropy(logits.float(), batch.target, reduction='sum').double()
+            losses[i] += F.cross_entropy(logits.double(), batch.target, reduction='sum')
             guesses.append(logits.argmax(1))
             told[i, :, batch.index] = torch.stack([guesses[-1].float(), logits.float().softmax(1).amax(1)])
         agree += torch.stack([guess == guesses[0] for guess in guesses]).all(0).sum()

@@ -27,9 +27,10 @@ from .args import NEUTRAL
 from .meters import percentages
 from .optim import learning_rate, total_epochs
 
-FILES = ('args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
+FILES = ['args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
          'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'interrupted',
-         'nonfinite.json', 'events.out.*', '*.tmp')
+         'nonfinite.json', 'events.out.*']
+TORN = [f'{name}.tmp' for name in FILES]  # of a process that was killed while it wrote
 
 
 class Run:
@@ -45,6 +46,7 @@ class Run:
         args = self.args
         folder = Path(args.output or default_output(args))
         saved = origin = None
+        self.found = stamps(folder)
         if not self.anew and not (args.evaluate and args.resume != 'auto'):
             saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
         own = saved is not None  # a run that --resume PATH once started goes on from its own checkpoints
@@ -67,6 +69,20 @@ class Run:
             return folder, saved['seed'] if args.seed is None else args.seed, saved, origin
         return folder, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
 
+    def refuse_folder(self):
+        """End where this run would write over what it starts from, or among the images."""
+        folder = self.folder.resolve()
+        for flag in ('teacher_resume', 'student_resume'):
+            file = getattr(self.args, flag) and Path(getattr(self.args, flag)).resolve()
+            if file and file.parent == folder and any(map(file.match, FILES)):
+                sys.exit(f'error: --{flag.replace("_", "-")} {file} lies in --output, where this run would write over '
+                         'it: choose another --output')
+        if self.args.data and self.args.dataset == 'imagefolder':
+            for split in ('train', 'valid', 'val'):
+                images = (Path(self.args.data) / split).resolve()
+                if images in (folder, *folder.parents):
+                    sys.exit(f'error: --output {self.folder} lies among the images, where it would be a class')
+
     def _make_folder(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +91,7 @@ class Run:
 
     def _begin(self):
         """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at."""
+        self.refuse_folder()
         self._make_folder()
         try:
             self.lock = open(self.folder / '.lock', 'w')  # noqa: SIM115, held as long as the process
@@ -84,14 +101,19 @@ class Run:
         except OSError as error:
             if error.errno != errno.ENOLCK:  # some network file systems have no locks
                 sys.exit(f'error: cannot write to --output {self.folder}: {error.strerror}')
-        for file in (file for pattern in (FILES if self.anew else ('interrupted', '*.tmp'))
+        if stamps(self.folder) != self.found:
+            sys.exit(f'error: another run has written to {self.folder} since this one looked: start again')
+        log = self.folder / 'log.jsonl'
+        told = log.read_text(errors='replace').splitlines(keepends=True) if log.exists() else []
+        if not self.anew and not any(self.found) and len(told) > 1:  # of the first epoch, it may not have come so far
+            sys.exit(f'error: {self.folder} holds a run whose checkpoint.pth is gone; choose another --output, or '
+                     '--overwrite to start anew')
+        for file in (file for pattern in (FILES + TORN if self.anew else ['interrupted', *TORN])
                      for file in self.folder.glob(pattern)):
             file.unlink()
         checkpoint.write(self.folder / 'args.json', as_json(recorded(self.args)))
-        log = self.folder / 'log.jsonl'
-        if log.exists():
-            kept = [line for line in log.read_text().splitlines(keepends=True)
-                    if line.endswith('\n') and json.loads(line)['epoch'] < self.progress['epoch']]
+        if told:
+            kept = [line for line in told if line.endswith('\n') and epoch_of(line) < self.progress['epoch']]
             checkpoint.write(log, ''.join(kept).encode())
         if self.args.tensorboard:
             try:
@@ -295,6 +317,21 @@ def default_output(args) -> Path:
         number += 1
         new = folder.with_name(f'{folder.name}-{number}')
     return new
+
+
+def stamps(folder: Path) -> list:
+    """What tells the checkpoints of a folder from those of a moment later."""
+    files = [folder / name for name in ('checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth')]
+    found = [file.stat() if file.exists() else None for file in files]
+    return [stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found]
+
+
+def epoch_of(line: str) -> float:
+    """Of a record; infinity, which is no epoch of a run, where the line is none."""
+    try:
+        return float(json.loads(line)['epoch'])
+    except (ValueError, KeyError, TypeError):
+        return float('inf')
 
 
 def recorded(args) -> dict:

@@ -61,9 +61,15 @@ def images_in(root: Path):
     def fail(error):
         raise error
 
-    for folder, _, files in sorted(os.walk(root, onerror=fail, followlinks=True)):
-        paths = [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)]
-        yield from (path for path in paths if f'{os.sep}.' not in path.removeprefix(str(root)))
+    found = []
+    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
+        here = os.path.realpath(folder) + os.sep
+        inner[:] = [name for name in inner if name[0] != '.'  # nor a link to a folder above, which would have no end
+                    and not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
+        found.append((folder, files))
+    for folder, files in sorted(found):
+        yield from (os.path.join(folder, file) for file in sorted(files)
+                    if file[0] != '.' and file.lower().endswith(IMG_EXTENSIONS))
 
 
 def read(path) -> Image.Image:
@@ -93,7 +99,7 @@ class Shards:
         self.shards = [path.stem for path in sorted(root.glob('*.json'))]
         for shard, stem in enumerate(self.shards):
             offset = 0
-            for name, target, height, width in json.loads((root / f'{stem}.json').read_text())['images']:
+            for name, target, height, width in images_of_shard(root / f'{stem}.json'):
                 self.samples.append((name, target, shard, offset))
                 self.sizes.append((height, width))
                 offset += height * width * 3
@@ -119,6 +125,13 @@ class Shards:
         (_, target, shard, offset), (height, width) = self.samples[index], self.sizes[index]
         pixels = self.files[shard][offset:offset + height * width * 3].view(height, width, 3)
         return Image.fromarray(pixels.numpy()) if self.by_pil else pixels.permute(2, 0, 1), target
+
+
+def images_of_shard(index: Path) -> list:
+    try:
+        return json.loads(index.read_text())['images']
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f'error: {index} is damaged: start scripts/prepare.py again, which makes it anew')
 
 
 class Cifar:
@@ -199,8 +212,8 @@ def manifest(root: str) -> dict:
     try:
         made = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
-        return {}
-    if made.get('by') != 'scripts/prepare.py':
+        sys.exit(f'error: {path} is damaged: start scripts/prepare.py again')
+    if not isinstance(made, dict) or made.get('by') != 'scripts/prepare.py':
         return {}
     if not made['complete']:
         sys.exit(f'error: {root} is not complete: start scripts/prepare.py again')
