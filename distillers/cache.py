@@ -161,7 +161,7 @@ class TeacherCache:
 
     def fill(self) -> bool:
         """Let the teacher look at all that is not known, each rank for itself; False where a signal asks to stop."""
-        resident, began, saved = self.train.resident(self.device), time.time(), time.time()
+        resident, began, saved = self.train.resident(self.device), time.monotonic(), time.monotonic()
         unknown = self.unknown()
         for number, rows in enumerate(unknown.split(IMAGES_AT_ONCE), 1):
             if signals.caught():
@@ -170,9 +170,9 @@ class TeacherCache:
             ready = self.prepare_images(Batch(resident.views(index, view), index, index, None))
             self.learn(rows, ready.images, torch.arange(len(rows)))
             done = min(number * IMAGES_AT_ONCE, len(unknown))
-            if time.time() - saved > SAVE_EVERY or done == len(unknown):
+            if time.monotonic() - saved > SAVE_EVERY or done == len(unknown):
                 self.save()
-                saved = time.time()
+                saved = time.monotonic()
                 distributed.say(f'teacher cache: {done:,} of {len(unknown):,} views filled in, '
                                 f'{done / (saved - began):,.0f} per second')
         stop, = distributed.agree(signals.caught())

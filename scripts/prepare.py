@@ -137,10 +137,10 @@ def leave_with_parent():
 
 
 def progress(results, total: int, of: str):
-    began = told = time.time()
+    began = told = time.monotonic()
     for done, result in enumerate(results, 1):
-        if time.time() - told > 1 or done == total:
-            told = time.time()
+        if time.monotonic() - told > 1 or done == total:
+            told = time.monotonic()
             left = (told - began) / done * (total - done)
             print(f'\r{of}: {done:,} of {total:,}, {left / 60:.0f} minutes left ', end='', flush=True)
         yield result

@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 def main():
-    parser = base_parser(__doc__.splitlines()[0])
+    parser = base_parser(f'{__doc__.splitlines()[0]} Of the flags of training those of data, network and launch count.')
     parser.conflict_handler = 'resolve'  # --output is no run's folder here
     g = parser.add_argument_group('pictures')
     g.add_argument('-o', '--output', default='pictures', metavar='DIR', help='folder of the pictures')

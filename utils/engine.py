@@ -37,10 +37,10 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
     display = Display(f'Epoch {epoch}', -(-order.length // size),
                       (total_epochs(args) - epoch) * order.length - progress['sample'])
     look = Closely(run.parts['model'], display.updates, device, args)
-    bad_images, arrived = 0, time.time()
+    bad_images, arrived = 0, time.monotonic()
 
     for end, batches in data.updates(epoch, progress['sample']):
-        display.waited += time.time() - arrived
+        display.waited += time.monotonic() - arrived
         rate = learning_rate(epoch + progress['sample'] / order.length, args)
         set_learning_rate(learner.optimizer, rate)
         together.hand_over()
@@ -72,7 +72,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
             trouble = meter.read(watch_norms=not learner.scaler.is_enabled())
-            meter.clock(time.time() - display.began, display.waited)  # now that the device has done them
+            meter.clock(time.monotonic() - display.began, display.waited)  # now that the device has done them
             stop_if_broken(trouble, update, run, data)
             display.show(meter.sums, rate, update)
         if save:
@@ -80,7 +80,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
             run.save()
         if stop:
             run.interrupt()
-        arrived = time.time()
+        arrived = time.monotonic()
     progress['sums'] = meter.everybody()
 
 
@@ -114,7 +114,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
     told = torch.zeros(len(networks), 2, len(loader.dataset), device=device)  # each sample's guess, and how sure it is
     losses = torch.zeros(len(networks), dtype=torch.float64, device=device)
     agree, seen, unreadable = torch.zeros((), dtype=torch.int64, device=device), 0, None
-    began = time.time()
+    began = time.monotonic()
     for batch in loader:
         together.hand_over()
         begin_update(args)
@@ -147,5 +147,5 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
                      'correct1': c1, 'correct5': c5, 'n': seen}
               for name, (c1, c5), loss in zip(networks, counts, losses)}
     return scores | ({'agreement': 100 * agree / seen} if len(networks) > 1 else {}) | {
-        'seconds': time.time() - began,
+        'seconds': time.monotonic() - began,
         'predictions': {'classes': source.classes, 'target': source.targets, **dict(zip(networks, told.cpu().numpy()))}}

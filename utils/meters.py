@@ -110,12 +110,12 @@ class Display:
     def __init__(self, head: str, updates: int, samples_left: int):
         self.head, self.updates, self.samples_left = head, updates, samples_left
         self.live, self.of = sys.stdout.isatty(), 'rank 0: ' * (distributed.world() > 1)
-        self.began, self.waited, self.samples = time.time(), 0.0, 0
+        self.began, self.waited, self.samples = time.monotonic(), 0.0, 0
 
     def show(self, sums: dict, rate: float, done: int):
         if not distributed.is_main():
             return
-        seconds = max(time.time() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.began, 1e-9)
         speed, means, width = self.samples / seconds, percentages(sums), len(str(self.updates))
         left = timedelta(seconds=round((self.samples_left - self.samples) / max(speed, 1e-9)))
         text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:.1f} img/s  wait {self.waited / seconds:.0%}  '

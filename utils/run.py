@@ -39,7 +39,7 @@ class Run:
         self.anew = args.overwrite and not distributed.restarts()  # what torchrun restarts goes on
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
-        self.parts, self.facts, self.began, self.writer = {}, {}, time.time(), None
+        self.parts, self.facts, self.began, self.writer = {}, {}, time.monotonic(), None
 
     def _open(self):
         """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
@@ -184,7 +184,7 @@ class Run:
                 distributed.say(f'{name}: {", ".join(told)}')
 
     def seconds(self) -> float:
-        return self.progress['seconds'] + time.time() - self.began
+        return self.progress['seconds'] + time.monotonic() - self.began
 
     def save(self):
         distributed.from_main(self._save)
