@@ -27,6 +27,12 @@ QUICK = ['--arch', 'shufflenet_v2_x0_5', '--image-size', '32', '-b', '8', '--lr'
          '--no-tensorboard', '--no-accel']
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is alone with one of them at the end."""
+    slow = ('test_faults', 'test_runs', 'test_distill_runs', 'test_together', 'test_docs', 'test_report')
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 def write_images(folder: Path, per_class: int, seed: int, classes=('ant', 'bee', 'cat')):
     """Noise around a colour for every class."""
     for number, name in enumerate(classes):
