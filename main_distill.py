@@ -3,7 +3,6 @@
     torchrun main_distill.py /imagenet --arch mobilenet_v1 --distiller mgd
 """
 import argparse
-import itertools
 import sys
 
 import torch
@@ -170,10 +169,8 @@ def worker(args, device):
     # epochs
     learner = Learner(task, optimizer, scaler, device, args)
     while run.progress['epoch'] < total_epochs(args):
-        turns = itertools.count()
-
-        def look(epoch=run.progress['epoch'], turns=turns):
-            return map(prepare, train.sample(epoch, args.pair_images, next(turns)))
+        def look(epoch=run.progress['epoch']):
+            return map(prepare, train.sample(epoch, args.pair_images))
         run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
         train_one_epoch(learner, train, prepare_mixed, ema, run, device, args)
         if cache:

@@ -24,6 +24,7 @@ from utils import checkpoint, distributed, setup, together
 from utils.cost import cut, device_name, loading, measure, now, preparation, step
 from utils.data import Prepare, contents, load_data
 from utils.engine import Supervised
+from utils.folder import refuse_harm
 from utils.meters import hits
 from utils.optim import make_ema, make_optimizer
 from utils.order import TrainOrder, spread
@@ -208,7 +209,8 @@ def find_run(args, device, found: Findings) -> Run:
             run = Unwritten(single, device)
         with found.listing():
             check_folder('--output', run.folder)
-            run.refuse_folder()
+        with found.listing():
+            refuse_harm(run.folder, args)
     return run
 
 
@@ -242,11 +244,12 @@ def find_networks(args, outputs, classes: list[str] | None, seed, device, found:
     """By name those that can be made, where their weights are from, and what is to be told of them."""
     methods = getattr(args, 'distiller', [])
     untrained = any(DISTILLERS[name].trains_teacher for name in methods)
-    wanted = {'student': (build_student, args.pretrained, args.student_resume)}
+    wanted = {'student': (build_student, args.pretrained, args.student_resume, f'--arch {args.arch}', None)}
     if methods:
-        wanted['teacher'] = (build_teacher, not (args.teacher_resume or args.dummy or untrained), args.teacher_resume)
+        wanted['teacher'] = (build_teacher, not (args.teacher_resume or args.dummy or untrained), args.teacher_resume,
+                             f'--teacher-arch {args.teacher_arch}', classes)
     networks, origins, columns = {}, {}, {}
-    for name, (build, published, file) in wanted.items():
+    for name, (build, published, file, flag, known) in wanted.items():
         seed_everything(seed, name)
         for pretrained in dict.fromkeys([published, False]):
             with found.listing(f'{name}: '):
@@ -257,10 +260,7 @@ def find_networks(args, outputs, classes: list[str] | None, seed, device, found:
                 break
         if file and name in networks:
             with found.listing(f'{name}: '):
-                if name == 'teacher':
-                    checkpoint.load_weights(networks[name], file, f'--teacher-arch {args.teacher_arch}', classes)
-                else:
-                    checkpoint.load_weights(networks[name], file, f'--arch {args.arch}')
+                checkpoint.load_weights(networks[name], file, flag, known)
                 origins[name] = file
     return networks, origins, columns
 
@@ -284,7 +284,7 @@ def score(network: nn.Module, valid, prepare, device, args) -> tuple[int, int, f
 # What would stop it
 
 def check_folder(flag: str, folder: Path):
-    there = existing(folder)
+    there = checkpoint.existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         sys.exit(f'error: cannot write to {flag} {folder}: {there} is {"read-only" if there.is_dir() else "no folder"}')
     if (folder / '.lock').exists():
@@ -320,11 +320,6 @@ def check_ranks(order: TrainOrder, nodes: int, student: nn.Module | None, loader
 def check_disk(run: Run):
     """While a checkpoint is written, the one before it and the one before that are there, too; so with weights."""
     weights, whole = looks.run_files(run)
-    there = existing(run.folder)
+    there = checkpoint.existing(run.folder)
     if (needed := 3 * whole + 3 * weights) > (free := shutil.disk_usage(there).free):
         sys.exit(f'error: checkpoints need {needed / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free')
-
-
-def existing(folder: Path) -> Path:
-    """The nearest folder above, or itself, that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

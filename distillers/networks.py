@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from models import Foreign, Renormalised, create_model, refuse_other_outputs, where
+from models import Foreign, Renormalised, blame, create_model, refuse_other_outputs
 from utils import checkpoint, distributed
 from utils.views import STATISTICS
 
@@ -90,7 +90,7 @@ def try_out(network, arch, classes, flag, size):
         except ValueError as error:
             sys.exit(f'error: {arch}: {error}')
         except Exception as error:  # of somebody's forward()
-            sys.exit(f'error: {arch} does not take images of {size} pixels ({flag}): {where(error)}')
+            sys.exit(f'error: {arch} does not take images of {size} pixels ({flag}): {blame(error)}')
 
 
 def showing(network, arch, classes, stages, image_size):

@@ -23,8 +23,8 @@ from . import cifar, imagenet
 from .features import Features
 from .foreign import Foreign, Renormalised, refuse_other_outputs
 
-__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names', 'refuse_other_outputs',
-           'where']
+__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'blame', 'create_model', 'model_names',
+           'refuse_other_outputs']
 
 NETWORKS = imagenet.NETWORKS | cifar.NETWORKS
 
@@ -90,7 +90,7 @@ def called(module: str, function: str, num_classes: int) -> nn.Module:
     try:
         network = make(num_classes=num_classes)
     except Exception as error:
-        raise ValueError(f'{function} cannot make it: {where(error)}') from None
+        raise ValueError(f'{function} cannot make it: {blame(error)}') from None
     if not isinstance(network, nn.Module):
         raise ValueError(f'{function} returns {type(network).__name__} instead of a torch.nn.Module')
     return network
@@ -105,13 +105,13 @@ def find_function(module: str, function: str) -> Callable:
         raise ValueError(f'cannot import {module} ({error}); a network is NAME, torchvision:NAME, timm:NAME, or '
                          'package.module:function, in the current folder or installed') from None
     except Exception as error:  # of the package itself
-        raise ValueError(f'cannot import {module}: {where(error)}') from None
+        raise ValueError(f'cannot import {module}: {blame(error)}') from None
     if not callable(getattr(package, function, None)):
         raise ValueError(unknown(f'function of {package.__file__}', function, dir(package)))
     return getattr(package, function)
 
 
-def where(error: Exception) -> str:
+def blame(error: Exception) -> str:
     """What went wrong in somebody's code, and in which line, in one line."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -48,7 +48,12 @@ def write(path: Path, content):
 
 def free(path: Path) -> str:
     """What a writer that fails, by whatever error, may be short of."""
-    return f'{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there'
+    return f'{shutil.disk_usage(existing(path.parent)).free / 1e6:,.1f} MB are free there'
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder above, or itself, that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def previous(path: Path) -> Path:

@@ -6,6 +6,7 @@ so the augmentation is a function of (seed, epoch, index) whichever process does
 import hashlib
 import sys
 import warnings
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +125,7 @@ class TrainData:
     def __init__(self, loader: DataLoader | ResidentLoader, plain: DataLoader | ResidentLoader | None = None):
         self.images, self.order = loader.dataset, loader.batch_sampler
         self.loader, self.plain = loader, plain
-        self.reported = set()
+        self.reported, self.turns = set(), Counter()
 
     def updates(self, epoch: int, start: int):
         """For every update from a sample on: the sample it ends before, and its batches."""
@@ -133,9 +134,11 @@ class TrainData:
         for end, micro in self.order.plan():
             yield end, [next(batches)._replace(weight=weight) for weight in self.order.weights(micro)]
 
-    def sample(self, epoch: int, count: int, turn: int = 0):
-        """Batches of training images as an evaluation sees images, others in every epoch and turn; split over ranks."""
-        order = torch.randperm(self.order.length, generator=generator(self.order.seed, 'sample', epoch, turn))
+    def sample(self, epoch: int, count: int):
+        """Batches of training images as an evaluation sees images, split over the ranks; others each time."""
+        drawn = generator(self.order.seed, 'sample', epoch, self.turns[epoch])
+        self.turns[epoch] += 1
+        order = torch.randperm(self.order.length, generator=drawn)
         self.plain.batch_sampler.samples = order[:count].tolist()
         return iter(self.plain)
 

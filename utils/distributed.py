@@ -134,7 +134,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
 
 def in_words(error: Exception, rank: int, args) -> str:
     """An error of the device or of another rank, for the user; nothing of one whose traceback is needed."""
-    text = str(error).splitlines()[0]
+    text = (str(error).splitlines() or [''])[0]
     if isinstance(error, torch.OutOfMemoryError):
         return (f'rank {rank}: {". ".join(text.split(". ")[:2])}: take a smaller -b (with --accum-steps, if the global '
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
@@ -147,7 +147,8 @@ def in_words(error: Exception, rank: int, args) -> str:
                 'them where the network is made, by requires_grad_(False)')
     if 'have a deterministic implementation' in text:
         return f'--deterministic: {text.partition(",")[0]}'
-    if any(word in str(error) for word in ('gloo', 'Application timeout', 'Connection', 'NCCL')):
+    words = ('gloo', 'Application timeout', 'Connection', 'NCCL')
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
                 f'seconds), was killed, or has told its own error. {text}')
     return ''

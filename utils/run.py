@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked, where it stands, what came of it.
+"""A run: what it was asked, where it stands, what came of it, in its folder.
 
     args.json  log.jsonl  result.json  checkpoint.pth  checkpoint.previous.pth  best.pth  last.pth  events.out.*
     interrupted       there while a run has stopped for a signal and waits to be started again
@@ -6,8 +6,6 @@
     predictions.npz   of the last epoch: of each validation image the class, the guess, and how sure it was
 Only global rank 0 touches it.
 """
-import errno
-import fcntl
 import json
 import platform
 import random
@@ -22,15 +20,10 @@ import numpy as np
 import torch
 import torchvision
 
-from . import checkpoint, distributed, signals
+from . import checkpoint, distributed, folder, signals
 from .args import NEUTRAL
 from .meters import percentages
 from .optim import learning_rate, total_epochs
-
-FILES = ['args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
-         'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'interrupted',
-         'nonfinite.json', 'events.out.*']
-TORN = [f'{name}.tmp' for name in FILES]  # of a process that was killed while it wrote
 
 
 class Run:
@@ -44,11 +37,11 @@ class Run:
     def _open(self):
         """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
         args = self.args
-        folder = Path(args.output or default_output(args))
+        path = Path(args.output or folder.default_output(args))
         saved = origin = None
-        self.found = stamps(folder)
+        self.found = folder.stamps(path)
         if not self.anew and not (args.evaluate and args.resume != 'auto'):
-            saved, origin = checkpoint.newest(folder / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
+            saved, origin = checkpoint.newest(path / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
         own = saved is not None  # a run that --resume PATH once started goes on from its own checkpoints
         if not own and args.resume != 'auto':
             try:
@@ -61,60 +54,21 @@ class Run:
             differences = differing(saved['arguments'], args)
             if differences and not args.evaluate:
                 if own:
-                    sys.exit(f'error: {folder} holds a run with other arguments: {differences}; choose another '
+                    sys.exit(f'error: {path} holds a run with other arguments: {differences}; choose another '
                              '--output, or --overwrite to start anew')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
             if saved['arguments']['arch'] != args.arch:
                 sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
-            return folder, saved['seed'] if args.seed is None else args.seed, saved, origin
-        return folder, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
-
-    def refuse_folder(self):
-        """End where this run would write over what it starts from, or among the images."""
-        folder = self.folder.resolve()
-        for flag in ('teacher_resume', 'student_resume'):
-            file = getattr(self.args, flag) and Path(getattr(self.args, flag)).resolve()
-            if file and file.parent == folder and any(map(file.match, FILES)):
-                sys.exit(f'error: --{flag.replace("_", "-")} {file} lies in --output, where this run would write over '
-                         'it: choose another --output')
-        if self.args.data and self.args.dataset == 'imagefolder':
-            for split in ('train', 'valid', 'val'):
-                images = (Path(self.args.data) / split).resolve()
-                if images in (folder, *folder.parents):
-                    sys.exit(f'error: --output {self.folder} lies among the images, where it would be a class')
-
-    def _make_folder(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            sys.exit(f'error: cannot write to --output {self.folder}: {error.strerror}')
+            return path, saved['seed'] if args.seed is None else args.seed, saved, origin
+        return path, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
 
     def _begin(self):
         """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at."""
-        self.refuse_folder()
-        self._make_folder()
-        try:
-            self.lock = open(self.folder / '.lock', 'w')  # noqa: SIM115, held as long as the process
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; not inherited by its workers
-        except BlockingIOError:
-            sys.exit(f'error: another run is writing to {self.folder}')
-        except OSError as error:
-            if error.errno != errno.ENOLCK:  # some network file systems have no locks
-                sys.exit(f'error: cannot write to --output {self.folder}: {error.strerror}')
-        if stamps(self.folder) != self.found:
-            sys.exit(f'error: another run has written to {self.folder} since this one looked: start again')
-        log = self.folder / 'log.jsonl'
-        told = log.read_text(errors='replace').splitlines(keepends=True) if log.exists() else []
-        if not self.anew and not any(self.found) and len(told) > 1:  # of the first epoch, it may not have come so far
-            sys.exit(f'error: {self.folder} holds a run whose checkpoint.pth is gone; choose another --output, or '
-                     '--overwrite to start anew')
-        for file in (file for pattern in (FILES + TORN if self.anew else ['interrupted', *TORN])
-                     for file in self.folder.glob(pattern)):
-            file.unlink()
+        folder.refuse_harm(self.folder, self.args)
+        folder.make(self.folder)
+        self.lock = folder.lock(self.folder)
+        folder.clear(self.folder, self.found, self.anew, self.progress['epoch'])
         checkpoint.write(self.folder / 'args.json', as_json(recorded(self.args)))
-        if told:
-            kept = [line for line in told if line.endswith('\n') and epoch_of(line) < self.progress['epoch']]
-            checkpoint.write(log, ''.join(kept).encode())
         if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -265,7 +219,7 @@ class Run:
                             f'{name}: top1 {score["top1"]:.3f} ({score["correct1"]}/{score["n"]}), top5 '
                             f'{score["top5"]:.3f} ({score["correct5"]}/{score["n"]}), loss {score["loss"]:.4f}')
         if self.args.output:
-            distributed.from_main(self._make_folder)
+            distributed.from_main(lambda: folder.make(self.folder))
             self.note(file, {'scores': scores, **self._origin()})
             beside = (self.folder / file).with_suffix('.npz')
             distributed.from_main(lambda: checkpoint.write(beside, as_npz(predictions)))
@@ -302,36 +256,6 @@ class Run:
             print(f'\nstopped by a signal; the same command{where} goes on from epoch {self.progress["epoch"]}, sample '
                   f'{self.progress["sample"]}', file=sys.stderr, flush=True)
         sys.exit(signals.EXIT_INTERRUPTED)
-
-
-def default_output(args) -> Path:
-    """runs/SCRIPT-DATA-NETWORK-TIME; a run that torchrun restarts finds the one it had."""
-    data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
-    stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
-    earlier = sorted(Path('runs').glob(stem + '[0-9]*'))
-    if distributed.restarts() and earlier:
-        return earlier[-1]
-    folder = new = Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
-    number = 1
-    while new.exists():  # of a run that began in the same second
-        number += 1
-        new = folder.with_name(f'{folder.name}-{number}')
-    return new
-
-
-def stamps(folder: Path) -> list:
-    """What tells the checkpoints of a folder from those of a moment later."""
-    files = [folder / name for name in ('checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth')]
-    found = [file.stat() if file.exists() else None for file in files]
-    return [stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found]
-
-
-def epoch_of(line: str) -> float:
-    """Of a record; infinity, which is no epoch of a run, where the line is none."""
-    try:
-        return float(json.loads(line)['epoch'])
-    except (ValueError, KeyError, TypeError):
-        return float('inf')
 
 
 def recorded(args) -> dict:

@@ -1,0 +1,95 @@
+"""The folder of a run: which one it is, whether this run may write there, and what of it stays. For rank 0."""
+import errno
+import fcntl
+import json
+import sys
+import time
+from io import TextIOBase
+from pathlib import Path
+
+from . import checkpoint, distributed
+
+FILES = ['args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
+         'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'interrupted',
+         'nonfinite.json', 'events.out.*']
+TORN = [f'{name}.tmp' for name in FILES]  # of a process that was killed while it wrote
+
+
+def default_output(args) -> Path:
+    """runs/SCRIPT-DATA-NETWORK-TIME; a run that torchrun restarts finds the one it had."""
+    data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
+    stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
+    earlier = sorted(Path('runs').glob(stem + '[0-9]*'))
+    if distributed.restarts() and earlier:
+        return earlier[-1]
+    folder = new = Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
+    number = 1
+    while new.exists():  # of a run that began in the same second
+        number += 1
+        new = folder.with_name(f'{folder.name}-{number}')
+    return new
+
+
+def stamps(folder: Path) -> list:
+    """What tells the checkpoints that are there from those of a moment later."""
+    files = [folder / name for name in ('checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth')]
+    found = [file.stat() if file.exists() else None for file in files]
+    return [stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found]
+
+
+def refuse_harm(folder: Path, args):
+    """End where the run would write over what it starts from, or among the images."""
+    folder = folder.resolve()
+    for flag in ('teacher_resume', 'student_resume'):
+        file = getattr(args, flag) and Path(getattr(args, flag)).resolve()
+        if file and file.parent == folder and any(map(file.match, FILES)):
+            sys.exit(f'error: --{flag.replace("_", "-")} {file} lies in --output, where this run would write over it: '
+                     'choose another --output')
+    if args.data and args.dataset == 'imagefolder':
+        for split in ('train', 'valid', 'val'):
+            if (Path(args.data) / split).resolve() in (folder, *folder.parents):
+                sys.exit(f'error: --output {folder} lies among the images, where it would be a class')
+
+
+def make(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
+
+
+def lock(folder: Path) -> TextIOBase:
+    """A file that keeps other processes out as long as it is open; workers do not inherit it."""
+    try:
+        file = open(folder / '.lock', 'w')  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f'error: another run is writing to {folder}')
+    except OSError as error:
+        if error.errno != errno.ENOLCK:  # some network file systems have no locks
+            sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
+    return file
+
+
+def clear(folder: Path, found: list, anew: bool, epoch: int):
+    """Leave what lies before the epoch that the run goes on with. found: the stamps of when it looked for one."""
+    if stamps(folder) != found:
+        sys.exit(f'error: another run has written to {folder} since this one looked: start again')
+    log = folder / 'log.jsonl'
+    told = [] if anew or not log.exists() else log.read_text(errors='replace').splitlines(keepends=True)
+    if len(told) > 1 and not any(found):  # one line may be there before the first checkpoint is
+        sys.exit(f'error: {folder} holds a run whose checkpoint.pth is gone; choose another --output, or --overwrite '
+                 'to start anew')
+    for file in (file for pattern in [*TORN, *(FILES if anew else ['interrupted'])] for file in folder.glob(pattern)):
+        file.unlink()
+    if told:
+        kept = [line for line in told if line.endswith('\n') and epoch_of(line) < epoch]
+        checkpoint.write(log, ''.join(kept).encode())
+
+
+def epoch_of(line: str) -> float:
+    """Of a record; infinity, which is no epoch of a run, where the line is none."""
+    try:
+        return float(json.loads(line)['epoch'])
+    except (ValueError, KeyError, TypeError):
+        return float('inf')
