@@ -122,6 +122,11 @@ def test_a_kill_inside_a_save_loses_nothing(images, tmp_path, crash, base):
     assert [record['valid'] for record in again.log()] == [record['valid'] for record in whole.log()]
 
 
+def test_a_folder_that_went_away_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r'cannot write .*x.json: .* MB are free there'):
+        checkpoint.write(tmp_path / 'gone' / 'x.json', b'')
+
+
 def test_weights_that_are_not_finite_are_refused():
     layer = torch.nn.Linear(2, 2)
     weights = {k: v.clone() for k, v in layer.state_dict().items()}

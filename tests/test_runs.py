@@ -11,7 +11,7 @@ from conftest import assert_close, assert_same, signal_in_update, write_images
 
 import main_base
 from models import create_model
-from utils import signals
+from utils import distributed, signals
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
@@ -345,6 +345,11 @@ def test_no_memory_is_one_line(base, images, tmp_path, monkeypatch):
     run = base(images, '--output', tmp_path)
     assert run.code == 1 and len(run.err.splitlines()) == 1
     assert run.err.startswith('error: rank 0: CUDA out of memory. Tried to allocate 9.00 GiB: take a smaller -b')
+
+
+def test_an_error_without_words_keeps_its_traceback():
+    for error in (ValueError(), RuntimeError(), ValueError('Connection of layers')):
+        assert distributed.in_words(error, 0, None) == ''
 
 
 def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):
