@@ -32,6 +32,9 @@ PAIRS = """
     resnet32x4-wrn_40_2                0.05  -    3/9    2/9/8     -         -     -
     wrn_40_2-resnet8x4                 0.05  -    2/9    2/18/2    -         -     -
     wrn_40_2-cifar_mobilenet_v2        0.01  -    3/9    2/15/2    -         -     -
+    cifar_resnet50-wrn_16_2            0.05  6    -      -         -         -     -
+    resnet32x4-cifar_mobilenet_v2      0.01  -    -      -         -         -     0.01/5
+    resnet32x4-resnet20                0.05  -    -      -         -         -     0.1/10
 """
 ROWS = {pair: row for pair, *row in map(str.split, PAIRS.strip().splitlines()[1:])}
 SRD = {'wrn_40_4-wrn_16_4': 10, 'wrn_40_2-wrn_40_1': 10, 'wrn_40_4-wrn_16_2': 4,  # B

@@ -85,6 +85,7 @@ def test_every_launch_mode_gives_the_same_weights(images, tmp_path, unharmed):
         for a, b in zip(alone.log(), other.log(), strict=True):
             assert a['valid']['correct1'] == b['valid']['correct1']
             assert a['train']['top1'] == b['train']['top1'] and a['train']['loss'] == pytest.approx(b['train']['loss'])
+    assert re.search(r'%  rank 0: loss [\d.]+  top1', two.out) and re.search(r'%  loss [\d.]+  top1', alone.out)
     assert 'global batch 8 = 4 x 2 ranks' in two.out and 'x 3 ranks x 2 batches per update' in three.out
 
 

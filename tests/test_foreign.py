@@ -382,6 +382,17 @@ def test_a_name_that_leads_nowhere(name, complaint):
     assert '\n' not in str(error.value)
 
 
+def test_mistakes_of_a_package_are_told_with_their_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'mistaken.py').write_text('classes = 5\nnets = clases\n')
+    (tmp_path / 'careless.py').write_text('def net(num_classes):\n    return {}[num_classes]\n')
+    for name, complaint in (('mistaken:net', r"cannot import mistaken: .*'clases'.*\(NameError at .*mistaken.py:2\)"),
+                            ('careless:net', r'net cannot make it: 5 \(KeyError at .*careless.py:2\)')):
+        with pytest.raises(ValueError, match=complaint) as error:
+            create_model(name, CLASSES)
+        assert '\n' not in str(error.value)
+
+
 def test_what_cannot_be_taken_in():
     class Tuple(Net):
         def forward(self, x):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from conftest import assert_same
+from conftest import assert_close, assert_same
 from torch.nn.parallel import DistributedDataParallel
 
 from distillers import DISTILLERS, Distillation
@@ -472,6 +472,19 @@ def test_ft_trains_its_paraphraser_once_and_freezes_it():
         again.start_epoch(epoch, lambda: pytest.fail('trained again'))
         assert not again.report
     assert_same(resumed.state_dict(), method.state_dict())
+
+
+def test_ft_trains_its_paraphraser_as_plain_sgd_does():
+    pairs = some_pairs(batches_of([range(4), range(4, 10)]))
+    method = FT(*zoo.make('narrower'), paraphraser_epochs=8, paraphraser_lr=0.1)
+    plain = copy.deepcopy(torch.nn.Sequential(method.encoder, method.decoder)).requires_grad_()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    method.start_epoch(1, pairs)
+    for maps in [t.maps[-1] for _, t in pairs()] * 8:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(plain(maps), maps).backward()
+        optimizer.step()
+    assert_close(torch.nn.Sequential(method.encoder, method.decoder).state_dict(), plain.state_dict(), atol=1e-6)
 
 
 def test_ft_says_what_is_wrong_with_its_paraphraser():

@@ -1,4 +1,5 @@
 """--inspect: its numbers, and that it lists all that would stop a run."""
+import argparse
 import re
 import shutil
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from distillers import lean, looks
 from models import create_model
+from utils import cost
 
 PAIR = ['--arch', 'shufflenet_v2_x0_5', '--teacher-arch', 'shufflenet_v2_x1_0']
 TEACHER = 'shufflenet_v2_x1_0'
@@ -66,6 +68,29 @@ def test_what_is_told(distill, images, teacher, tmp_path):
                  '0.02 from epoch 0, 0.002 from epoch 2, 0.0002 from epoch 4', 'a step in all', 'peak memory',
                  'before the first epoch', str(path)[-37:]):
         assert text in said, text
+
+
+def test_stages_of_the_longer_network_are_listed_together():
+    columns = {'student': {'stage 0': 'a', 'logits': 'b'}, 'teacher': {'stage 0': 'c', 'stage 1': 'd', 'logits': 'e'}}
+    rows = looks.side_by_side(columns, argparse.Namespace(arch='small', teacher_arch='large'))
+    assert rows == [('', 'student: small', 'teacher: large'), ('stage 0', 'a', 'c'), ('stage 1', '', 'd'),
+                    ('logits', 'b', 'e')]
+
+
+def test_parts_of_a_step_are_no_longer_than_the_whole(base, images, monkeypatch):
+    """Though the update whose parts are timed is slower than the others, as something else is at work."""
+    told = []
+    genuine = cost.percentages
+
+    def disturbed(sums):
+        found = genuine(sums)
+        return found | {'update': {name: 50 * seconds for name, seconds in found['update'].items()}}
+    monkeypatch.setattr(cost, 'percentages', disturbed)
+    monkeypatch.setattr(looks, 'at_cost', lambda found, *_: told.append(found) or [('', '')])
+    assert base(images, '--inspect').code == 0
+    found, = told
+    assert found['student'] > found['losses'] > 0
+    assert found['student'] + found['losses'] + found['backward'] == pytest.approx(found['step'], rel=1e-6)
 
 
 def test_an_optimizer_step_is_not_kept(base, images, tmp_path):

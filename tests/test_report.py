@@ -220,6 +220,8 @@ def test_predictions_are_each_image_once(monkeypatch):
         powers = [math.exp(x) for x in row]
         assert guess[i] == row.index(max(row)) and sure[i] == pytest.approx(max(powers) / sum(powers), rel=1e-5)
     assert scores['student']['correct1'] == sum(int(g) == t for g, t in zip(guess, Source.targets))
+    loss = sum(math.log(sum(map(math.exp, row))) - row[t] for row, t in zip(images.tolist(), Source.targets)) / 7
+    assert scores['student']['loss'] == pytest.approx(loss, rel=1e-13)  # in float64, whatever the batches
 
 
 def test_balance_is_of_the_gradients_of_the_whole_update():
@@ -317,7 +319,8 @@ def test_a_student_alone_has_the_recipe_of_the_others(tmp_path):
 def test_methods_are_compared_and_what_is_finished_is_left_alone(contrast, tmp_path):
     flags = [word for word in TAUGHT if word not in ('--seed', '1')] + ['--epochs', '1']
     args = ['--methods', 'alone', 'kd', '--seeds', 7, '--jobs', 2, '--output', tmp_path, '--flags', 'kd',
-            '--kd-weight 2', '--', *flags]
+            '--kd-weight 2', '--', f'@{tmp_path / "recipe"}']
+    (tmp_path / 'recipe').write_text(' '.join(flags))
     done = contrast(*args)
     assert done.code == 0, done.err
     kd, alone = (json.loads((tmp_path / name / 'result.json').read_text())['arguments'] for name in ('kd-7', 'alone-7'))
