@@ -23,7 +23,7 @@ from utils import engine, signals  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
 
-QUICK = ['--arch', 'shufflenet_v2_x0_5', '--image-size', '32', '-b', '8', '--lr', '0.02', '--seed', '3', '-j', '0',
+QUICK = ['--arch', 'resnet8', '--image-size', '32', '-b', '8', '--lr', '0.02', '--seed', '3', '-j', '0',
          '--no-tensorboard', '--no-accel']
 
 

@@ -106,7 +106,7 @@ def test_wrong_data(base, tmp_path, images):
 
 
 def doubled(num_classes):
-    return create_model('shufflenet_v2_x0_5', 2 * num_classes)
+    return create_model('resnet8', 2 * num_classes)
 
 
 def test_wrong_networks_and_weights(base, tmp_path, images):
@@ -115,9 +115,9 @@ def test_wrong_networks_and_weights(base, tmp_path, images):
     assert "unknown model 'resnet5O'" in line and 'resnet50' in line
     assert 'no weights for' in one_line(base(images, '-a', 'mobilenet_v1', '--pretrained', *out))
     assert 'does not exist' in one_line(base(images, '--student-resume', tmp_path / 'none.pth', *out))
-    torch.save(create_model('shufflenet_v2_x0_5', 5).state_dict(), tmp_path / 'five.pth')
+    torch.save(create_model('resnet8', 5).state_dict(), tmp_path / 'five.pth')
     line = one_line(base(images, '--student-resume', tmp_path / 'five.pth', *out))
-    assert 'fc.weight is [5, 1024] instead of [3, 1024]' in line
+    assert 'fc.weight is [5, 64] instead of [3, 64]' in line
     (tmp_path / 'junk.pth').write_text('junk')
     assert 'is damaged' in one_line(base(images, '--student-resume', tmp_path / 'junk.pth', *out))
     assert 'is damaged' in one_line(base(images, '--resume', tmp_path / 'junk.pth', *out))

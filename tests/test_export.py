@@ -35,7 +35,8 @@ def ship(monkeypatch, capfd):
 def plain(once, base, images, tmp_path_factory):
     """A run of main_base.py, with averaged weights."""
     output = tmp_path_factory.getbasetemp() / 'plain'
-    return once('plain', lambda: base(images, *FLAGS, '--ema', '0.5', '--output', output)).folder
+    return once('plain', lambda: base(images, *FLAGS, '--arch', 'shufflenet_v2_x0_5', '--ema', '0.5',
+                                      '--output', output)).folder
 
 
 @pytest.fixture

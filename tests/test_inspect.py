@@ -182,7 +182,8 @@ def test_loss_that_is_not_finite(base, images):
 def test_part_of_one_rank(base, images, monkeypatch):
     """Of several ranks the first one looks, and does its part."""
     def spawned(ranks, batch):
-        return base(images, '--multiprocessing-distributed', '--procs-per-node', ranks, '-b', batch, '--inspect')
+        return base(images, '--multiprocessing-distributed', '--procs-per-node', ranks, '-b', batch, '--inspect', '-a',
+                    'shufflenet_v2_x0_5')
 
     run = spawned(2, 8)
     assert run.code == 0 and '8 images per update = 4 x 2 ranks' in run.out and 'cost of a batch of 4 images' in run.out

@@ -26,7 +26,7 @@ def plain(images, tmp_path_factory):
 
 
 def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(base, images, tmp_path):
-    run = base(images, '--epochs', 2, '--output', tmp_path, '--tensorboard')
+    run = base(images, '-a', 'shufflenet_v2_x0_5', '--epochs', 2, '--output', tmp_path, '--tensorboard')
     assert run.code == 0
     names = {p.name.split('.tfevents')[0] for p in tmp_path.iterdir()}
     assert names >= {'args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'best.pth', 'last.pth', 'events.out'}
@@ -87,7 +87,7 @@ def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
 def test_evaluation_counts_are_exact(base, images, tmp_path):
     """Against a slow loop, for batch sizes that divide and that do not."""
     torch.manual_seed(1)
-    network = create_model('shufflenet_v2_x0_5', 3).eval()
+    network = create_model('resnet8', 3).eval()
     torch.save(network.state_dict(), tmp_path / 'w.pth')
     dataset, prepare = Images(Folder(images / 'valid', by_pil=True), CenterView(32)), torchvision.transforms.Normalize(
         (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -105,7 +105,7 @@ def test_evaluation_counts_are_exact(base, images, tmp_path):
 
 def test_teacher_and_student_in_one_pass(base, images, tmp_path):
     paths = []
-    for name, seed in (('shufflenet_v2_x0_5', 1), ('mobilenet_v2', 2)):
+    for name, seed in (('resnet8', 1), ('mobilenet_v2', 2)):
         torch.manual_seed(seed)
         paths.append(tmp_path / f'{name}.pth')
         torch.save(create_model(name, 3).state_dict(), paths[-1])
@@ -114,8 +114,8 @@ def test_teacher_and_student_in_one_pass(base, images, tmp_path):
     alone = base(images, '-e', '-a', 'mobilenet_v2', '--student-resume', paths[1], '--output', tmp_path / 'alone')
     assert both['teacher'] == alone.json('evaluate.json')['scores']['student']
     assert 0 <= both['agreement'] <= 100
-    same = base(images, '-e', '--student-resume', paths[0], '--teacher-arch', 'shufflenet_v2_x0_5', '--teacher-resume',
-                paths[0], '--output', tmp_path / 'same').json('evaluate.json')['scores']
+    same = base(images, '-e', '--student-resume', paths[0], '--teacher-arch', 'resnet8', '--teacher-resume', paths[0],
+                '--output', tmp_path / 'same').json('evaluate.json')['scores']
     assert same['agreement'] == 100 and same['teacher'] == same['student']
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_log_does_not_stop_a_run(base, images, tmp_path):
 
 
 def test_one_image_in_the_last_batch_is_one_line(base, images, tmp_path):
-    run = base(images, '--epochs', 1, '-b', 19, '--output', tmp_path)
+    run = base(images, '-a', 'shufflenet_v2_x0_5', '--epochs', 1, '-b', 19, '--output', tmp_path)
     assert run.code == 1 and run.err.startswith('error: a BatchNorm has 1 image') and 'Traceback' not in run.err
 
 
@@ -206,9 +206,9 @@ def test_resume_of_another_network_or_another_optimizer(base, images, tmp_path):
     base(images, '--epochs', 1, '--output', tmp_path / 'a')
     path = tmp_path / 'a' / 'checkpoint.pth'
     run = base(images, '--resume', path, '-a', 'mobilenet_v2', '--output', tmp_path / 'b')
-    assert run.code == 1 and 'is a shufflenet_v2_x0_5, not a mobilenet_v2' in run.err
+    assert run.code == 1 and 'is a resnet8, not a mobilenet_v2' in run.err
     run = base(images, '--resume', path, '--num-classes', 7, '--output', tmp_path / 'c')
-    assert run.code == 1 and 'fc.weight is [3, 1024] instead of [7, 1024]' in run.err
+    assert run.code == 1 and 'fc.weight is [3, 64] instead of [7, 64]' in run.err
     run = base(images, '--resume', path, '--epochs', 2, '--wd', 0.1, '--output', tmp_path / 'd')
     assert run.code == 0 and 'note:' in run.err and '--weight-decay is 0.1 here' in run.err
     assert len(run.log()) == 1 and run.log()[0]['epoch'] == 1
@@ -236,7 +236,7 @@ def test_default_output_tells_script_data_network_and_time(base, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert base('--dummy', '--dummy-images', 4, '--num-classes', 1000, '--epochs', 1, '-b', 4).code == 0
     (folder,) = (tmp_path / 'runs').iterdir()
-    assert folder.name.startswith('base-dummy-shufflenet_v2_x0_5-20')
+    assert folder.name.startswith('base-dummy-resnet8-20')
 
 
 def interrupt_after(monkeypatch, updates: int):
@@ -294,7 +294,7 @@ SWITCHES = ['--seed 4', '--lr 0.1', '--momentum 0.5', '--nesterov', '--wd 0.1', 
             '--accum-steps 2', '--warmup --warmup-epochs 1', '--warmup --warmup-epochs 1 --warmup-by iteration',
             '--schedule cosine', '--schedule linear', '--lr-drop-epochs 0', '--lr-drop-epochs 0 --lr-drop-ratio 0.5',
             '--start-epoch 1 --epochs 2', '--optimizer adamw', '-b 12', '--image-size 40', '--amp bf16', '--ema 0.5',
-            '--num-classes 5', '-a shufflenet_v2_x1_0']
+            '--num-classes 5', '-a resnet14']
 
 
 def test_every_switch_changes_the_result_and_nothing_else_does(base, plain, tmp_path):
@@ -357,7 +357,7 @@ def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):
     torch.manual_seed(0)
     state = torchvision.models.shufflenet_v2_x0_5().state_dict()
     monkeypatch.setattr(type(weights), 'get_state_dict', lambda self, **kw: copy.deepcopy(state))
-    run = base(images, '--pretrained', '--epochs', 1, '--lr', 0, '--output', tmp_path)
+    run = base(images, '-a', 'shufflenet_v2_x0_5', '--pretrained', '--epochs', 1, '--lr', 0, '--output', tmp_path)
     assert torch.equal(run.weights()['conv1.0.weight'], state['conv1.0.weight'])
     assert run.weights()['fc.weight'].shape == (3, 1024)
 
@@ -387,5 +387,5 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(base, images, t
         run = base(images, '--epochs', epochs)
         assert run.code == 0, run.err
     names = {path.name for path in (tmp_path / 'runs').iterdir()}
-    first = f'base-{images.name}-shufflenet_v2_x0_5-20261120-120000'
+    first = f'base-{images.name}-resnet8-20261120-120000'
     assert names == {first, f'{first}-2'}
