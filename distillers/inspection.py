@@ -182,11 +182,10 @@ def worker(args, device):
         with found.listing('training: '):
             batch, load = loading(train, one, device)
             batch = batch._replace(target=batch.target % outputs, weight=1.0)
-            cost = measure(batch, how, device) | {'load': load, 'evaluation': seconds['student']}
-            if methods:
-                pairs = min(args.pair_images, length) / ranks
-                cost |= preparation(made, train, prepare, pairs, cost['images'], device)
-            n = len(batch.target)
+            n, cost = len(batch.target), {'load': load, 'evaluation': seconds['student']}
+            if methods:  # before the updates, as in the run
+                cost |= preparation(made, train, prepare, min(args.pair_images, length) / ranks, n, device)
+            cost |= measure(batch, how, device)
             rows = looks.at_cost(cost, n, order, len(valid.dataset) if real else 0, train.loader, run, args)
             check_disk(run)
         if rows:

@@ -9,6 +9,7 @@ from conftest import write_images
 from torch import nn
 
 from distillers import lean, looks
+from distillers.mgd import MGD
 from models import create_model
 from utils import cost
 
@@ -91,6 +92,22 @@ def test_parts_of_a_step_are_no_longer_than_the_whole(base, images, monkeypatch)
     found, = told
     assert found['student'] > found['losses'] > 0
     assert found['student'] + found['losses'] + found['backward'] == pytest.approx(found['step'], rel=1e-6)
+
+
+def noting(function, calls):
+    def call(*args):
+        calls.append(function.__name__)
+        return function(*args)
+    return call
+
+
+def test_methods_prepare_before_they_are_measured(distill, images, teacher, monkeypatch):
+    """As in a run. An update towards channels that were not matched may break the weights."""
+    calls = []
+    for name in ('start_epoch', 'forward'):
+        monkeypatch.setattr(MGD, name, noting(getattr(MGD, name), calls))
+    assert distill(images, *PAIR, '--teacher-resume', teacher(3), '--inspect').code == 0
+    assert calls[:2] == ['start_epoch'] * 2 and set(calls[2:]) == {'forward'}
 
 
 def test_an_optimizer_step_is_not_kept(base, images, tmp_path):

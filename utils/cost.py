@@ -78,9 +78,9 @@ def measure(batch, how, device) -> dict[str, float]:
     return step(batch, *how) | {'images': images, 'peak': peak(device)}
 
 
-def preparation(distillation, train, prepare, pairs: float, some: int, device) -> dict[str, float]:
-    """Seconds of what methods do with some pairs of images before the first and the next epoch, scaled to all pairs."""
-    seconds = []
+def preparation(distillation, train, prepare, pairs: float, n: int, device) -> dict[str, float]:
+    """Seconds of what methods do with pairs of images before the first and the next epoch, from those with a batch."""
+    some, seconds = min(n, TINY) if device.type == 'cpu' else n, []
     for epoch in (1, 2):
         looks, began = [], now(device)
 
