@@ -111,4 +111,4 @@ def compare(e: Tensor, memory: Tensor, drawn: Tensor) -> Tensor:
 def uniform(shape, below: Tensor) -> Tensor:
     """Random int32, each below a bound of its own; even to within bound / 2^31."""
     drawn = torch.empty(shape, dtype=torch.int32, device=below.device).random_()
-    return drawn.double().mul_(below.double() / 2**31).int()  # exact; a remainder takes three times as long
+    return drawn.copy_(drawn.double().mul_(below.double() / 2**31))  # exact; a remainder takes three times as long
