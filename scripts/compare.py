@@ -103,9 +103,13 @@ class Job:
         return code is None
 
     def said(self, n):
-        with open(self.folder / 'out.txt', 'rb') as out:
-            out.seek(max(out.seek(0, os.SEEK_END) - 4096, 0))
-            return [line for line in out.read().decode(errors='replace').splitlines() if line.strip()][-n:]
+        try:
+            with open(self.folder / 'out.txt', 'rb') as out:
+                out.seek(max(out.seek(0, os.SEEK_END) - 4096, 0))
+                text = out.read()
+        except FileNotFoundError:  # removed by somebody, to have the run made anew
+            return []
+        return [line for line in text.decode(errors='replace').splitlines() if line.strip()][-n:]
 
 
 class View:

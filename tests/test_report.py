@@ -1,4 +1,5 @@
 """scripts/report.py and compare.py, and what training records for them."""
+import argparse
 import json
 import math
 import os
@@ -314,6 +315,14 @@ def test_a_student_alone_has_the_recipe_of_the_others(tmp_path):
     assert compare.of_student(compare.spelt_out(words)) == ['--lr', '0.3', '--epochs', '7', '--pretrained', '--arch',
                                                             'net']
     assert compare.spelt_out(['--use-pretrained', '0', '-j', '1']) == ['-j', '1']
+
+
+def test_what_a_run_has_said(tmp_path):
+    job = compare.Job('kd', 0, argparse.Namespace(output=tmp_path, data=None, flags=[], share_teacher=False), [])
+    assert job.said(1) == []  # somebody removed its folder
+    job.folder.mkdir()
+    (job.folder / 'out.txt').write_text('one\n\ntwo\nthree\n')
+    assert job.said(2) == ['two', 'three']
 
 
 def test_methods_are_compared_and_what_is_finished_is_left_alone(contrast, tmp_path):
