@@ -236,7 +236,8 @@ def test_torch_and_pil_see_the_same_crops(images):
     for index in range(8):
         with seeded(7, 'view', 0, index):
             expected = classic(image)
-        assert (view(image, 0, index).int() - expected.int()).abs().max() <= 1  # torch 2.8 rounds by the layout
+        off = (view(image, 0, index).int() - expected.int()).abs().max()
+        assert off <= (torch.__version__ < (2, 11))  # torch 2.8 rounds by the layout
 
 
 def test_which_pixels_are_read(images):

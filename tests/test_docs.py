@@ -22,14 +22,6 @@ SMALL = ['--image-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--no-acce
 NETWORKS = {'mobilenet_v1': 'resnet8', 'mobilenet_v2': 'resnet8', 'resnet50': 'resnet14'}
 FOLDERS = ('/imagenet', '/cub', '/data', 'DIR')
 WEIGHTS = ('--teacher-resume', '--student-resume')
-MY_NETS = '''from models import create_model
-
-def small(num_classes):
-    return create_model('resnet8', num_classes)
-
-def large(num_classes):
-    return create_model('resnet14', num_classes)
-'''
 
 
 def commands(page: Path):
@@ -66,12 +58,13 @@ class Reader:
         words = [NETWORKS.get(word, word) for word in words]
         if teacher and '--teacher-arch' not in words:
             words += ['--teacher-arch', NETWORKS[teacher]]
-        arch = {'--student-resume': 'resnet8', '--teacher-resume': 'resnet14'}
+        large = 'resnet18' if 'my_nets:large' in words else 'resnet14'
+        arch = {'--student-resume': 'resnet8', '--teacher-resume': large}
         for flag in WEIGHTS:
             if flag in words and not Path(words[words.index(flag) + 1]).exists():
                 words[words.index(flag) + 1] = self.weights(arch[flag])
         if teacher and '--teacher-resume' not in words:
-            words += ['--teacher-resume', self.weights('resnet14')]
+            words += ['--teacher-resume', self.weights(large)]
         return [word for word in words if word != '--pretrained']
 
     def call(self, name, words):
@@ -144,7 +137,7 @@ class Reader:
 @pytest.mark.parametrize('page', PAGES, ids=[page.stem for page in PAGES])
 def test_commands(page, images, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'my_nets.py').write_text(MY_NETS)
+    (tmp_path / 'my_nets.py').write_text('from torchvision.models import resnet18\n\nsmall = large = resnet18\n')
     reader = Reader(tmp_path, images, monkeypatch)
     for environment, words in commands(page):
         reader.follow(environment, words)

@@ -83,7 +83,7 @@ def test_every_launch_mode_gives_the_same_weights(images, tmp_path, unharmed):
     for other in (two, three):  # shares of an update differ between ranks: 8 over 3, and the last 7
         assert_close(alone.weights(), other.weights())
         for a, b in zip(alone.log(), other.log(), strict=True):
-            assert a['valid']['correct1'] == b['valid']['correct1']
+            assert all(a['valid'][count] == b['valid'][count] for count in ('correct1', 'correct5', 'n'))
             assert a['train']['top1'] == b['train']['top1'] and a['train']['loss'] == pytest.approx(b['train']['loss'])
     assert re.search(r'%  rank 0: loss [\d.]+  top1', two.out) and re.search(r'%  loss [\d.]+  top1', alone.out)
     assert 'global batch 8 = 4 x 2 ranks' in two.out and 'x 3 ranks x 2 batches per update' in three.out
@@ -94,7 +94,7 @@ def test_one_rank_is_one_process(images, tmp_path, unharmed):
 
 
 def test_evaluation_integers_are_those_of_one_process(tmp_path, base):
-    """Where a rank has no image at all; that shares need not divide is seen by the runs above."""
+    """Of student and teacher, where a rank has no image at all; the runs above have uneven shares and batches."""
     torch.manual_seed(0)
     torch.save(create_model('resnet8', 3).state_dict(), tmp_path / 'w.pth')
     write_images(tmp_path / 'few' / 'valid', 1, 1, classes=('ant', 'bee'))
@@ -108,9 +108,9 @@ def test_evaluation_integers_are_those_of_one_process(tmp_path, base):
                [three[name][k] for k in ('correct1', 'correct5', 'n')]
 
 
-@pytest.mark.parametrize('mode, updates', [('process', (3, 3, 4)), ('torchrun 2', (3,))])
+@pytest.mark.parametrize('mode, updates', [('process', (3, 3, 4)), ('torchrun 2', (3, 2))])
 def test_kill_9_at_any_update_and_again(images, tmp_path, whole, unharmed, mode, updates):
-    """Killed in the first epoch, and alone again in the same one and in the second; ends as if nothing had been."""
+    """Killed in the first epoch, again in the same one, and in the second; ends as if nothing had been."""
     args = short(images, tmp_path / 'run', '-j', 1)
     for update in updates:
         killed = launch(mode, *args, FAULT=f'{update} kill')

@@ -148,7 +148,7 @@ def test_from_the_command_line(distill, images, tmp_path):
     assert other['kd'] == pytest.approx(one['kd'], rel=0.1) and other['kd'] != one['kd']
     saved = lean.weights('checkpoint.pth')
     assert saved['model'].keys() == create_model('resnet8', 3).state_dict().keys()  # nothing of the teacher
-    assert not any('conv' in name for name in saved['distillers'])
+    assert all(name.startswith('mgd.') for name in saved['distillers'])
     cached = ['--dummy', '--dataset', 'cifar10', '--distiller', 'kd', '--cache-teacher', 'lazy']
     refused = distill(*cached, '--fold-teacher')
     assert refused.code == 2 and '--fold-teacher' in refused.err

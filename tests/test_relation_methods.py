@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import zoo
 
-from distillers import DISTILLERS, Distiller, rkd
+from distillers import DISTILLERS, Distiller, crd, rkd
 from distillers.base import hyper_parameters
 from distillers.parts import of_all_ranks, unit
 from models import Features
@@ -294,6 +294,16 @@ def test_crd_draws_evenly_from_other_classes():
     assert set(positives[:, 0].tolist()) == {0, 2, 3, 6, 7}
     method.mode = 'exact'
     assert torch.equal(method.draw(torch.arange(8))[:, 0], torch.arange(8))
+
+
+def test_crd_draws_below_its_bounds_and_down_to_zero(monkeypatch):
+    """The largest random number, too, and with a bound as of ImageNet: the integer part of bound * number / 2^31."""
+    numbers = torch.tensor([0, 1, 12345, 2**30, 2**31 - 2, 2**31 - 1], dtype=torch.int32)
+    monkeypatch.setattr(torch.Tensor, 'random_', lambda self: self.copy_(numbers))
+    below = torch.tensor([[1], [7], [49500], [1281167]], dtype=torch.int32)
+    drawn = crd.uniform((4, 6), below)
+    assert drawn.tolist() == [[bound * x // 2**31 for x in numbers.tolist()] for bound in below.flatten().tolist()]
+    assert (drawn >= 0).all() and (drawn < below).all()
 
 
 def test_crd_starts_at_even_embeddings():

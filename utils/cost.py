@@ -79,7 +79,7 @@ def measure(batch, how, device) -> dict[str, float]:
 
 
 def preparation(distillation, train, prepare, pairs: float, n: int, device) -> dict[str, float]:
-    """Seconds of what methods do with pairs of images before the first and the next epoch, from those with a batch."""
+    """Seconds of what methods do with pairs of images before the first and the next epoch, scaled from a few."""
     some, seconds = min(n, TINY) if device.type == 'cpu' else n, []
     for epoch in (1, 2):
         looks, began = [], now(device)
