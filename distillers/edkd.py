@@ -5,6 +5,7 @@ import torch
 
 from .base import Distiller, positive
 from .dkd import decoupled
+from .parts import of_all_ranks
 
 
 class EDKD(Distiller):
@@ -15,7 +16,7 @@ class EDKD(Distiller):
 
     Defaults: its code, but beta by sample.
 
-    beta: factor of the other classes' part, each sample's own or, as released, the mean over a rank's batch
+    beta: factor of the other classes' part, each sample's own or, as released, the mean over the batch
     beta_max: the largest factor of the other classes' part
     confidence: m, the larger of the probabilities for and against the target, or that of the target itself
     temperature: T, of all softmaxes
@@ -40,5 +41,5 @@ class EDKD(Distiller):
         m = p_t.amax(1) if self.confidence == 'max' else p_t[:, 0]
         beta = self.beta_max * (m - 1).exp()
         if not self.per_sample:
-            beta = beta.mean()
+            beta = of_all_ranks(beta, batch, local=False).mean()
         return {'edkd_tckd': self.warm * tckd.mean(), 'edkd_nckd': self.warm * (beta * nckd).mean()}

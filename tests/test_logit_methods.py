@@ -297,6 +297,16 @@ def test_relations_of_mrkd_are_over_the_global_batch(two_ranks):
         assert found == pytest.approx({'mrkd_pearson': 16 * p, 'mrkd_kendall': 32 * k}, rel=1e-5)
 
 
+def test_mean_factor_of_edkd_is_over_the_global_batch(two_ranks):
+    (z_s, z_t), half = logits(2 * N), slice(N)
+    _, _, p = zip(*slow_decoupled(z_s, z_t, targets(2 * N), 1.0))
+    betas = [8 * math.exp(max(x, 1 - x) - 1) for x in p]
+    two_ranks(torch.tensor(betas))
+    _, nckd, _ = zip(*slow_decoupled(z_s[half], z_t[half], targets(2 * N)[half], 1.0))
+    found = run(EDKD(None, None, beta='batch', temperature=1.0), z_s[half], z_t[half], targets(2 * N)[half])
+    assert found['edkd_nckd'].item() == pytest.approx(fmean(betas) * fmean(nckd), rel=1e-5)
+
+
 def test_one_sample_is_in_no_relation():
     z_s, z_t = logits(n=1)
     intra = run(DIST(None, None), z_s, z_t)['dist_intra']
