@@ -117,7 +117,8 @@ def facts(args, path, record, network, meta) -> dict:
     size, through = args.image_size, adapting(args)
     scored = 'best' if path.name == 'best.pth' else 'last'
     partly = f' and {record["sample"]} images of the next' if record.get('sample') else ''
-    start = "torchvision's ImageNet weights" if args.pretrained else args.student_resume or 'random weights'
+    published = "timm's weights" if args.arch.startswith('timm:') else "torchvision's ImageNet weights"
+    start = published if args.pretrained else args.student_resume or 'random weights'
     rows = {'network': f'{args.arch}, {sum(p.numel() for p in network.parameters()):,} parameters'
                        + f', those of {" ".join(through)} included' * bool(through),
             'input': f'float32 [N, 3, {size}, {size}], any N; normalised RGB',

@@ -103,7 +103,8 @@ def test_a_card_tells_where_the_weights_are_from(reused, ship, tmp_path):
     made = ship(reused, '--format', 'torch', '-o', tmp_path / 'student.pth')
     card, result = (tmp_path / 'student.pth.md').read_text(), json.loads((reused / 'result.json').read_text())
     for word in (result['teacher'], result['command'], 'simkd', 'weight 1.0', 'factor 2', '| seed | 3 |', 'epoch 0',
-                 f'{result["last"]["top1"]:.2f} %', result['versions']['torch'], 'licence'):
+                 'started from random weights', f'{result["last"]["top1"]:.2f} %', result['versions']['torch'],
+                 'licence'):
         assert word in card, word
     start = json.loads((reused / 'start.json').read_text())['scores']['teacher']
     assert f'{start["top1"]:.2f} % / {start["top5"]:.2f} %' in card

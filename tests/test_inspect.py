@@ -1,5 +1,6 @@
 """--inspect: its numbers, and that it lists all that would stop a run."""
 import argparse
+import os
 import re
 import shutil
 
@@ -69,6 +70,12 @@ def test_what_is_told(distill, images, teacher, tmp_path):
                  '0.02 from epoch 0, 0.002 from epoch 2, 0.0002 from epoch 4', 'a step in all', 'peak memory',
                  'before the first epoch', str(path)[-37:]):
         assert text in said, text
+
+
+def test_more_workers_than_cores_are_told_of_once(base, images, recwarn):
+    run = base(images, '-j', os.cpu_count() + 1, '--inspect')
+    assert run.code == 0 and 'loader processes share' in ' '.join(run.out.split())
+    assert not [str(warning.message) for warning in recwarn if 'DataLoader' in str(warning.message)]
 
 
 def test_stages_of_the_longer_network_are_listed_together():

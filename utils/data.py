@@ -160,7 +160,8 @@ def collate(samples: list[Batch]) -> Batch:
 
 
 def make_loader(images, order, args):
-    warnings.filterwarnings('once', 'This DataLoader will create')  # more workers than there are cores, says torch
+    # More workers than there are cores, says torch; a look says so in its own words.
+    warnings.filterwarnings('ignore' if args.inspect else 'once', 'This DataLoader will create')
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     loader = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
