@@ -34,7 +34,7 @@ class MGD(Distiller):
 
     reducer: g channels to one: amp: largest absolute value; sp: largest; rd: random; sm: none, match one to one
     update_freq: epochs between two updates of the flow
-    loss_factor: divisor of the loss
+    loss_factor: divisor of the loss; 0: the published 10,000 for images of 224 x 224, in proportion for others
     stage_factors: of the paired stages, deepest last (default: 1 for the deepest, half as much for each before it)
     remainder: teacher channels that do not divide: assign the best g of all, or cut the last ones off as published
     norm: of the student's maps: by the batch, or (detection, whose batches are small) in 32 groups of channels
@@ -43,11 +43,14 @@ class MGD(Distiller):
     teacher_reads = ('preact',)
 
     def __init__(self, student, teacher, *, reducer: Literal['amp', 'sp', 'rd', 'sm'] = 'amp', update_freq=1,
-                 loss_factor=1e4, stage_factors: tuple[float, ...] = (),
+                 loss_factor=0.0, stage_factors: tuple[float, ...] = (),
                  remainder: Literal['assign', 'cut'] = 'assign', norm: Literal['bn', 'gn'] = 'bn'):
         super().__init__()
-        positive(update_freq=update_freq, loss_factor=loss_factor)
-        self.reduce, self.update_freq, self.loss_factor = REDUCERS[reducer], update_freq, loss_factor
+        positive(update_freq=update_freq)
+        if not loss_factor >= 0:
+            raise ValueError(f'loss_factor is {loss_factor}, but has to be at least 0')
+        self.reduce, self.update_freq = REDUCERS[reducer], update_freq
+        self.loss_factor = loss_factor or 1e4 * (getattr(student, 'image_size', 224) / 224) ** 2  # it sums over pixels
 
         shapes_s, shapes_t = ([x.shape[1:] for x in probe(network).preact] for network in (student, teacher))
         self.pairing = pair(shapes_s, shapes_t)

@@ -114,7 +114,7 @@ def test_evaluation_scores_both(distill, images, teacher, tmp_path):
     (['-a', 'resnet8x4'], 'resnet8x4 under resnet14: mgd: the student has'),
     (['--teacher-arch', 'resnet50'], 'does not fit --teacher-arch resnet50'),
     (['--teacher-arch', 'vit_b_32'], 'vit_b_32 does not take images of 32 pixels (--teacher-size 32)'),
-    (['--mgd-loss-factor', 0], '--mgd-loss-factor is 0'),
+    (['--mgd-loss-factor', -1], '--mgd-loss-factor is -1.0'),
 ])
 def test_what_cannot_work_is_said_in_one_line(distill, images, teacher, tmp_path, more, complaint):
     run = distill(*flags(images, teacher, tmp_path / 'o', *more))

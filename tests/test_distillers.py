@@ -354,7 +354,7 @@ def test_wrong_flags_are_refused(words, capsys):
 
 
 def test_flags_of_methods_that_are_not_asked_for_are_found():
-    words = ['--kd-weight', '2', '--mgd-update-freq', '3', '--mgd-loss-factor', '1e4']
+    words = ['--kd-weight', '2', '--mgd-update-freq', '3', '--mgd-reducer', 'amp']
     args = parse(words)
     assert drop_foreign(DISTILLERS, ['kd'], args) == ['--mgd-update-freq']  # a default changes nothing
     assert vars(args) == {'kd_temperature': 4.0, 'kd_weight': 2.0}

@@ -183,6 +183,16 @@ def test_whole_loss_against_loops(reducer, margin, stage_factors, factors):
     assert method(s, t, None)['mgd'].item() == pytest.approx(slow_loss(method, s, t, factors, margin), rel=1e-5)
 
 
+@pytest.mark.parametrize('size, divisor', [(None, 1e4), (224, 1e4), (112, 2500), (448, 4e4)])
+def test_divisor_grows_with_the_pixels_that_are_summed(size, divisor):
+    student, teacher, x = trained(2, 3), trained(5, 9, seed=1), images()
+    expected = MGD(student, teacher, loss_factor=divisor)(student(x), teacher(x), None)['mgd'].item()
+    if size:
+        student.image_size = teacher.image_size = size
+    for method in MGD(student, teacher), MGD(student, teacher, loss_factor=divisor):
+        assert method(student(x), teacher(x), None)['mgd'].item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize('reducer', REDUCERS)
 def test_gradient_reaches_the_student_and_the_norms(reducer):
     student, teacher = trained(2, 3).train(), trained(5, 9, seed=1)
@@ -354,7 +364,7 @@ def test_a_wider_student_is_refused():
         MGD(trained(2, 5), trained(4, 4))
 
 
-@pytest.mark.parametrize('hyper', [{'loss_factor': 0.0}, {'update_freq': 0}, {'stage_factors': (1.0,)}])
+@pytest.mark.parametrize('hyper', [{'loss_factor': -1.0}, {'update_freq': 0}, {'stage_factors': (1.0,)}])
 def test_senseless_hyper_parameters_are_refused(hyper):
     with pytest.raises(ValueError):
         MGD(trained(2, 3), trained(4, 6), **hyper)
