@@ -72,6 +72,9 @@ def main():
         args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
     if idle := drop_foreign(DISTILLERS, args.distiller, args):
         parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
+    if args.teacher_stream and args.compile not in (False, 'default'):
+        parser.error(f'--compile {args.compile}: CUDA graphs of both networks share memory, so --teacher-stream cannot '
+                     'let them work at the same time')
     if args.cache_dir and args.cache_teacher == 'off':
         parser.error('--cache-dir needs --cache-teacher lazy or full')
     if args.cache_teacher != 'off':

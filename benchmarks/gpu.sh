@@ -2,6 +2,7 @@
 # What there is to learn on a GPU, the most valuable first, in nine minutes at most:
 #
 #     benchmarks/gpu.sh OUT
+#     benchmarks/gpu.sh OUT throughput methods   these parts alone, such as those that there was no time left for
 #     BIN=.venv/bin benchmarks/gpu.sh OUT        where another python than the PATH's has torch
 #     PEERS=~/checkouts benchmarks/gpu.sh OUT    also against other projects, as in run.py
 #
@@ -9,14 +10,17 @@
 # takes too long keeps nothing that comes after it from being run; what the nine minutes have no room for is named.
 set -uo pipefail
 
-[[ ${1-} ]] || { echo 'usage: benchmarks/gpu.sh OUT' >&2; exit 2; }
+[[ ${1-} ]] || { echo 'usage: benchmarks/gpu.sh OUT [PART...]' >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit
+shift
+wanted=" $* "
 python=${BIN:+$BIN/}python3 work=$(mktemp -d) total=540
 trap 'rm -rf "$work"' EXIT
 
 part() {  # NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((total - SECONDS)) begun=$SECONDS
     shift 2
+    [[ $wanted == '  ' || $wanted == *" $name "* ]] || return
     ((left > 15)) || { echo "$name: no time left"; return; }  # not enough to import and build anything
     timeout --kill-after=5 $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1
     echo "$name: exit code $?, $((SECONDS - begun)) s"  # 124: it took too long
@@ -36,18 +40,20 @@ profile() {  # NAME SECONDS FLAGS...
 
 nvidia-smi > "$out/nvidia-smi.log" 2>&1
 # Whether it is right comes before how fast it is. One process: several would share the memory.
-part test_cuda 150 "$python" -m pytest -o addopts= -ra -q tests/test_cuda.py
+tests=("$python" -m pytest -o addopts= -q --tb=short --at-once tests/test_cuda.py)
+part test_cuda 180 "${tests[@]}" -k 'not compile and not as_a_cuda_graph'
 bench mgd-step 90
+bench cifar-kd 45
 profile profile-bf16 60 --amp bf16
-bench throughput 170  # five runs of the script
 bench mgd-overhead 60
 bench memory 60
-bench cifar-kd 45
+bench throughput 240  # five runs of the script
+part test_cuda-compiled 120 "${tests[@]}" -k 'compile or as_a_cuda_graph'
 profile profile-bf16-compiled 120 --amp bf16 --compile  # most of it is compiling
 profile profile-fp32 60
 bench mv2-features 45
 bench flow-tracking 45
-bench loader 75
+bench loader 120
 bench cifar-data 60
 bench methods 120
 echo "$SECONDS s, all in $out"

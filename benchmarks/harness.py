@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.setup import full_float32, has_bf16
 
-CUDA_WARM_UP, CUDA_STEPS = 50, 200
+CUDA_STEPS, CUDA_MS = 40, 1000  # of a variant in a round, whichever is less
 
 # How a variant compares with its baseline, and whether more of it is better
 METRICS = {
@@ -93,24 +93,26 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
     variants = {name: v for name, v in case.variants.items() if available(v.precision, settings.device)}
     rows = [row for row in case.rows if row.variant in variants and row.baseline in variants]
     variants = {name: v for name, v in variants.items() if any(name in (row.variant, row.baseline) for row in rows)}
-    order = random.Random(0)
+    order, steps = random.Random(0), dict.fromkeys(variants, 1)
 
-    def one_round(steps):
+    def one_round():
         measured = {}
         for name in order.sample(list(variants), len(variants)):
             torch.manual_seed(0)
             run, _, clock = variants[name]
-            measured[name] = run() if case.measures else timed(run, settings.device, steps, clock)
+            measured[name] = run() if case.measures else timed(run, settings.device, steps[name], clock)
         return measured
 
-    on_cuda = settings.device.type == 'cuda'
     with full_float32():
-        first = one_round(1)
-    if on_cuda and not case.measures:
+        first = one_round()
+    if settings.device.type == 'cuda' and not case.measures:
         torch.backends.cudnn.benchmark = True  # as the scripts have it
-        one_round(CUDA_WARM_UP)
+        one_round()
+        for name, (ms, _) in one_round().items():
+            steps[name] = round(min(max(CUDA_MS / max(ms, 1e-3), 1), CUDA_STEPS))
+        one_round()
     errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
-    kept = [first] if case.measures else [one_round(-(-CUDA_STEPS // rounds) if on_cuda else 1) for _ in range(rounds)]
+    kept = [first] if case.measures else [one_round() for _ in range(rounds)]
     samples = {name: [measured[name][0] for measured in kept] for name in variants}
     return [Outcome(row, variants[row.variant].precision, samples[row.variant], samples[row.baseline], error)
             for row, error in zip(rows, errors)]

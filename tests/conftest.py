@@ -27,6 +27,19 @@ QUICK = ['--arch', 'resnet8', '--image-size', '32', '-b', '8', '--lr', '0.02', '
          '--no-tensorboard', '--no-accel']
 
 
+def pytest_addoption(parser):
+    parser.addoption('--at-once', action='store_true',
+                     help='tell of a failure when it happens, not at the end alone, which a time limit may cut off')
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and item.config.getoption('at_once'):
+        print(f'\n{report.nodeid}\n{report.longreprtext}', file=sys.__stderr__, flush=True)
+    return report
+
+
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that no worker is alone with one of them at the end."""
     slow = ('test_faults', 'test_runs', 'test_distill_runs', 'test_together', 'test_docs', 'test_report')
@@ -126,7 +139,8 @@ def signal_in_update(number: int):
 
 
 def environment(**extra):
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': '',
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, 'CUDA_VISIBLE_DEVICES': '',
             **{k: str(v) for k, v in extra.items()}}
 
 

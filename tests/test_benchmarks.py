@@ -7,13 +7,14 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import defaultdict
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import CASES, breakdown
+from benchmarks import CASES, breakdown, harness
 from benchmarks.breakdown import Counter
 from benchmarks.cifar_data import cifar_data
 from benchmarks.cifar_kd import cifar_kd
@@ -171,6 +172,22 @@ def test_methods_are_measured_and_described(tmp_path, capsys, monkeypatch):
     assert kd[0] == '| `kd`' and kd[1].startswith('Distilling the Knowledge') and kd[2:5] == ['logits', '0', '1.00']
 
 
+def test_slow_steps_of_a_gpu_are_fewer(monkeypatch):
+    asked = defaultdict(list)
+
+    def as_on_a_gpu(run, device, steps, clock):
+        name = run()['name']
+        asked[name].append(steps)
+        return {'quick': 0.0, 'usual': 50.0, 'slow': 3000.0}[name], {}
+    monkeypatch.setattr(harness, 'timed', as_on_a_gpu)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    variants = {name: Variant(lambda name=name: {'name': name}) for name in ('quick', 'usual', 'slow')}
+    rows = [Row(name, 'usual', None) for name in ('quick', 'slow')]
+    measure(Case(variants, rows), CPU._replace(device=torch.device('cuda')), rounds=2)
+    # the first results, the choice of kernels, a look at the time, a warm-up, two rounds
+    assert asked == {'quick': [1, 1, 1, 40, 40, 40], 'usual': [1, 1, 1, 20, 20, 20], 'slow': [1, 1, 1, 1, 1, 1]}
+
+
 def test_a_host_s_clock_times_one_step_whatever_the_device():
     runs, ticks = [], itertools.count(step=0.5)
     spent, result = timed(lambda: runs.append(1) or 'done', torch.device('cuda'), 200, lambda: next(ticks))
@@ -235,12 +252,13 @@ def test_the_real_script_is_fed_and_its_log_read(monkeypatch, tmp_path):
         runpy.run_path(str(command[1]), run_name='__main__')
     monkeypatch.setattr('subprocess.run', in_this_process)
     monkeypatch.setattr('os.cpu_count', lambda: 1)
-    small = throughput(CPU, teacher='resnet18', students=('shufflenet_v2_x0_5',), size=32, batch=4, images=4, names=3)
+    first, other = 'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0'
+    small = throughput(CPU, teacher='resnet18', students=(first, other), size=32, batch=4, images=4, names=3, fewer=2)
     for outcome in measure(small, CPU, rounds=1):
         assert outcome.reached and 0 <= outcome.ratios[0] < 1
-        seconds = outcome.baseline[0] / 1e3
+        seconds = (outcome.baseline[0] - outcome.ours[0]) / 1e3
         assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
-    assert small.facts.keys() == {'shufflenet_v2_x0_5, wait', 'shufflenet_v2_x0_5 raw, wait'}
+    assert small.facts.keys() == {f'{first}, wait', f'{first} raw, wait', f'{other}, wait'}
 
 
 def test_decoders_read_the_same_jpegs(tmp_path, monkeypatch):
@@ -268,14 +286,18 @@ def test_what_fails_on_a_gpu_does_not_keep_the_rest_from_being_run(tmp_path):
         [[ ${2-} ]] && mkdir -p "$2" && echo '{}' > "$2/bench.json"
     """)
     python.chmod(0o755)
-    script = subprocess.run([ROOT / 'benchmarks' / 'gpu.sh', 'out'], cwd=tmp_path, env=os.environ | {'BIN': tmp_path},
-                            capture_output=True, text=True)
+
+    def gpu(*words):
+        return subprocess.run([ROOT / 'benchmarks' / 'gpu.sh', *words], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {'BIN': tmp_path})
+    script = gpu('out')
     assert not script.returncode and not script.stderr, script.stderr
     codes = dict(re.findall(r'^(\S+): exit code (\d+)', script.stdout, re.MULTILINE))
-    failed = {'test_cuda': '1', 'mgd-step': '1', 'cifar-data': '3'}
+    failed = {'test_cuda': '1', 'test_cuda-compiled': '1', 'mgd-step': '1', 'cifar-data': '3'}
     assert list(codes)[-1] == 'methods' and codes == dict.fromkeys(codes, '0') | failed
     out = tmp_path / 'out'
     assert {path.stem for path in out.glob('*.log')} == {*codes, 'nvidia-smi'}
     assert {path.stem for path in out.glob('*.json')} == codes.keys() - failed
     cases = {name for name in codes if f'run.py {name} --device cuda' in (out / f'{name}.log').read_text()}
     assert cases <= CASES.keys() and {'throughput', 'loader', 'memory'} < cases
+    assert re.findall(r'^(\S+): exit', gpu('some', 'methods', 'memory').stdout, re.MULTILINE) == ['memory', 'methods']

@@ -18,13 +18,14 @@ from models import create_model
 from utils import signals
 from utils.args import base_parser
 from utils.crops import ResidentImages
-from utils.data import Prepare
+from utils.data import CropLoader, Images, Prepare, ResidentLoader
 from utils.learner import Learner
 from utils.meters import Meter
-from utils.optim import make_optimizer
+from utils.optim import make_ema, make_optimizer
+from utils.order import TrainOrder
 from utils.resident import VIEWS, Resident
 from utils.sources import Dummy
-from utils.views import CropView
+from utils.views import CropView, ShiftView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
@@ -88,19 +89,40 @@ def test_an_update_waits_for_nothing(name):
     task.start_epoch(1, lambda: [zoo.make_batch()] * 2)
     teacher.to(GPU)
     task.to(GPU)
-    args = base_parser('').parse_args(['--dummy'])
+    args = base_parser('').parse_args(['--dummy', '--ema', '0.9'])
+    ema = make_ema(student, args)
     learner = Learner(task, make_optimizer(task, args), torch.amp.GradScaler(enabled=False), GPU, args)
     prepare, meter, batch = Prepare(args, GPU), Meter({}), zoo.make_batch()
     batch = batch._replace(**{field: getattr(batch, field).pin_memory() for field in ('images', 'target', 'index')})
     try:
-        for mode in ('default', 'error'):  # the first time libraries are set up
+        for mode in ('default', 'error', 'error'):  # the first time libraries are set up
             torch.cuda.set_sync_debug_mode(mode)
             values = learner.learn(prepare(batch))
             meter.add(batch, learner.names, values)
             meter.add_norm(learner.step())
+            ema.update_parameters(student)
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert meter.read(watch_norms=True) is None
+
+
+@pytest.mark.parametrize('kind', [ResidentLoader, CropLoader])
+def test_batches_on_the_device_wait_for_nothing(kind):
+    source, args = Dummy(40, 3, 32), base_parser('').parse_args(['--dummy', '--image-size', '32'])
+    if kind is CropLoader:
+        view, held = CropView(args, 1), ResidentImages(source, GPU, 1)
+    else:
+        args.dataset = 'cifar10'
+        view, held = ShiftView(args, 1, 40), Resident(source, GPU)
+    order = TrainOrder(40, 8, 1, 1, 0, 1)
+    order.at(0, 0)
+    batches, prepare = iter(kind(Images(source, view), order, held)), Prepare(args, GPU)
+    try:
+        for mode in ('default', 'error', 'error'):
+            torch.cuda.set_sync_debug_mode(mode)
+            assert prepare(next(batches)).images.shape == (8, 3, 32, 32)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
 
 
 @pytest.mark.parametrize('name', ['kd', 'dkd', 'mrkd', 'crd', 'ofd', 'reviewkd', 'simkd', 'dml', 'mgd'])

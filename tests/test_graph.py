@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import assert_same, signal_in_update
 
-from utils import graph, setup, signals
+from utils import cost, graph, setup, signals
 
 TINY = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 27, '-b', 4, '--epochs', 3, '--lr', 0.02, '--seed', 3,
         '-j', 0, '--no-tensorboard', '--skip-first-evaluation', '--arch', 'resnet8', '--teacher-arch', 'resnet8']
@@ -78,6 +78,16 @@ def test_what_does_not_go_with_it(distill, flags):
 def test_it_needs_a_gpu(distill):
     run = distill(*TINY, '--distiller', 'kd', '--cuda-graph', quick=False)
     assert run.code == 1 and '--cuda-graph needs a GPU' in run.err
+
+
+def test_a_look_records_before_it_measures(distill, replays):
+    run = distill(*TINY, '--distiller', 'kd', '--cuda-graph', '--inspect', quick=False)
+    assert run.code == 0 and len(replays) >= cost.UPDATES, run.out
+
+
+def test_a_stream_for_the_teacher_is_not_for_graphs_that_share_memory(distill):
+    run = distill(*TINY, '--distiller', 'kd', '--teacher-stream', '--compile', 'max-autotune', quick=False)
+    assert run.code == 2 and '--compile max-autotune' in run.err
 
 
 def test_a_stream_for_the_teacher_needs_a_gpu(distill):

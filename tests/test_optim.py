@@ -183,3 +183,14 @@ def test_average_of_the_weights():
         share = 0.1 if update else 1.0  # the average starts at the first weights it is shown
         expected = [(1 - share) * e + share * p.detach() for e, p in zip(expected, model.parameters())]
     assert all(torch.allclose(a, b) for a, b in zip(ema.module.parameters(), expected))
+
+
+def test_average_of_the_statistics():
+    model = nn.BatchNorm2d(2)
+    ema, first = make_ema(model, arguments('--ema', '0.9')), torch.tensor([1.0, 2.0])
+    for update in range(3):
+        model.running_mean = first + update
+        model.num_batches_tracked.fill_(7 + update)
+        ema.update_parameters(model)
+    assert torch.allclose(ema.module.running_mean, first + 0.9 * 0.1 + 0.2)
+    assert ema.module.num_batches_tracked == 9 and ema.n_averaged == 3  # a count is nothing to average

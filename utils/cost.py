@@ -10,12 +10,13 @@ from statistics import median
 import torch
 
 from .engine import train_one_epoch
+from .graph import WARM_UP
 from .learner import Learner
 from .meters import percentages
 from .optim import total_epochs
 from .order import TrainOrder
 
-UPDATES = 4  # of a measurement
+UPDATES = 4  # of a measurement, behind those in which a graph is recorded
 TINY, PATIENCE = 8, 20.0  # on a CPU: images of a measurement, where that of a batch would take more seconds
 STATUS = Path('/proc/self/status')
 
@@ -23,10 +24,10 @@ STATUS = Path('/proc/self/status')
 class Again:
     """A batch, some times over, in place of an epoch."""
 
-    def __init__(self, batch, images, device):
+    def __init__(self, batch, images, device, updates):
         n = len(batch.target)
         self.batch, self.images, self.device, self.times = batch, images, device, []
-        self.order = TrainOrder(UPDATES * n, n, 1, 0, 0, 1)
+        self.order = TrainOrder(updates * n, n, 1, 0, 0, 1)
 
     def updates(self, epoch, start):
         for end, _ in self.order.plan():
@@ -55,12 +56,12 @@ def loading(train, args, device) -> tuple:
 
 def step(batch, task, images, prepare, optimizer, scaler, ema, run, device, args) -> dict[str, float]:
     """Seconds of the parts of an update, by the training loop itself."""
-    again = Again(batch, images, device)
+    again = Again(batch, images, device, UPDATES + (WARM_UP + 1) * args.cuda_graph)
     run.progress |= {'epoch': min(run.progress['epoch'], total_epochs(args) - 1), 'sample': 0, 'sums': {}}
     with redirect_stdout(io.StringIO()):
         train_one_epoch(Learner(task, optimizer, scaler, device, args), again, prepare, ema, run, device, args)
     parts = percentages(run.progress['sums'])['update']
-    whole = median(b - a for a, b in pairwise([*again.times[2:], now(device)]))  # behind the one looked at closely
+    whole = median(b - a for a, b in pairwise([*again.times[-2:], now(device)]))  # behind the one looked at closely
     slower = max(sum(parts.values()) / whole, 1)  # than the others, was the one looked at: something else was at work
     parts = {name: seconds / slower for name, seconds in parts.items()}
     return parts | {'rest': max(whole - sum(parts.values()), 0.0), 'step': whole}

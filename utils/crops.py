@@ -88,8 +88,6 @@ class ResidentImages:
             images = [self.pixels[self.starts[n]:end].view(*self.sizes[n], 3).permute(2, 0, 1)
                       for n, end in zip(numbers, ends)]
             return stack([cut(image, *box, size) for image, box in zip(images, boxes.tolist())])
-        if device.type == 'cuda':
-            numbers, boxes = numbers.pin_memory(), boxes.pin_memory()
         return torch.cat([self.resample(n, b, size) for n, b in zip(numbers.split(AT_ONCE), boxes.split(AT_ONCE))])
 
     def resample(self, numbers: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:

@@ -111,12 +111,14 @@ class CropLoader(ResidentLoader):
     """The same with images of any size, for CropView. On a CPU its batches are those of a DataLoader to the bit."""
 
     def __iter__(self):
-        view, resident = self.dataset.view, self.resident
+        view, resident, device = self.dataset.view, self.resident, self.resident.targets.device
         for keys in self.batch_sampler:
             asked = torch.tensor([number for _, number in keys])
             index = resident.numbers[asked]
             boxes = view.boxes(keys[0][0], index.tolist(), resident.sizes[asked].tolist())
-            targets = resident.targets[asked.to(resident.targets.device)]
+            if device.type == 'cuda':
+                asked, boxes = asked.pin_memory(), boxes.pin_memory()
+            targets = resident.targets[asked.to(device, non_blocking=True)]
             yield Batch(resident.crops(asked, boxes, view.size), targets, index,
                         torch.where(index == asked, -1, asked), view=torch.full_like(index, -1))
 

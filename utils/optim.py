@@ -55,9 +55,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float):
             group['lr'] = rate
 
 
-def make_ema(student: nn.Module, args):
-    """An exponential average of weights and statistics, or None."""
-    if not args.ema:
-        return None
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
-    return torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
+class Average(torch.optim.swa_utils.AveragedModel):
+    """Exponential, of weights and statistics, from the first it is shown on; counters are taken as they are.
+
+    AveragedModel's own update has the host wait for the device.
+    """
+
+    def __init__(self, student: nn.Module, decay: float):
+        super().__init__(student)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, student: nn.Module):
+        pairs = [(old, new) for of in (nn.Module.parameters, nn.Module.buffers)
+                 for old, new in zip(of(self.module), of(student))]
+        averaged = [pair for pair in pairs if self.n_averaged and pair[0].is_floating_point()]
+        if averaged:
+            torch._foreach_lerp_(*map(list, zip(*averaged)), 1 - self.decay)
+        for old, new in pairs:
+            if not (self.n_averaged and old.is_floating_point()):
+                old.copy_(new)
+        self.n_averaged += 1
+
+
+def make_ema(student: nn.Module, args) -> Average | None:
+    return Average(student, args.ema) if args.ema else None

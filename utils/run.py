@@ -173,12 +173,11 @@ class Run:
         distributed.from_main(lambda: self._write_epoch(record, best, predictions))
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
-        weights = {k: v.cpu().contiguous() for k, v in self.shipped().state_dict().items()}
         for name in ['last.pth'] + ['best.pth'] * best:
-            checkpoint.write(self.folder / name, weights)
+            checkpoint.write(self.folder / name, weights_of(self.shipped()))
         checkpoint.write(self.folder / 'predictions.npz', as_npz(predictions))
         if 'teacher' in self.parts:  # it learns, too
-            checkpoint.write(self.folder / 'teacher.pth', self.parts['teacher'].state_dict())
+            checkpoint.write(self.folder / 'teacher.pth', weights_of(self.parts['teacher']))
         with open(self.folder / 'log.jsonl', 'a') as log:
             log.write(json.dumps(record) + '\n')
         checkpoint.write(self.folder / 'result.json', as_json(self._result()))
@@ -279,6 +278,11 @@ def git_revision() -> str | None:
         return revision.stdout.strip() + '+' * bool(changed) if revision.returncode == 0 else None
     except OSError:
         return None
+
+
+def weights_of(network) -> dict:
+    """As any machine loads them."""
+    return {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
 
 
 def as_npz(arrays: dict) -> bytes:
