@@ -94,12 +94,22 @@ def right_vectors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     between all vectors, asked for or not, and is not finite where an image leaves some eight channels silent.
     """
     x = x.float()
+    scale = x.detach().abs().amax((1, 2), keepdim=True).nan_to_num(1, 1).clamp(min=1e-30)
+    x = x / scale  # the vectors are the same, and squares do not overflow
     with torch.no_grad():
-        _, values, rows = torch.linalg.svd(x.nan_to_num(0, 0, 0), full_matrices=False)  # refuses what is not finite
-        squares, v = values.square(), rows[:, :k].mT
+        squares, rows = eigenvectors(x.nan_to_num(0, 0, 0))  # the solver refuses what is not finite
+        v = rows[:, :k].mT
         gaps = squares[:, None, :k] - torch.cat([squares, torch.zeros_like(squares[:, :1])], 1)[..., None]
         inverse = torch.where(gaps.abs() > 1e-6 * squares[:, :1, None], 1 / gaps, 0)  # [N, n + 1, k]
         inside, beyond = inverse[:, :-1], inverse[:, -1:]
     moved = x.mT @ (x @ v)  # x^T x v
     step = moved * beyond + rows.mT @ ((inside - beyond) * (rows @ moved))
-    return v + (step - step.detach()), values[:, :k]
+    return v + (step - step.detach()), squares[:, :k].sqrt() * scale[:, 0]
+
+
+def eigenvectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [N, n] of x^T x, largest first, and eigenvectors [N, n, D], n = min(M, D): a third of svd's time."""
+    wide = x.shape[1] < x.shape[2]
+    values, vectors = torch.linalg.eigh(x @ x.mT if wide else x.mT @ x)
+    rows = vectors.flip(2).mT
+    return values.flip(1).clamp(min=0), F.normalize(rows @ x, dim=2) if wide else rows

@@ -92,7 +92,7 @@ def test_singular_values_are_in_no_graph():
         return graph.forward
     method.compile(backend=listed, dynamic=False)
     Distillation(student, teacher, {'kdsvd': method})(zoo.make_batch())
-    assert operations and not any('svd' in operation for operation in operations)
+    assert operations and not any('eig' in operation for operation in operations)
 
 
 def test_cuda_graphs_start_anew_with_each_batch(distill, tmp_path, monkeypatch):

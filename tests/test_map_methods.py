@@ -226,6 +226,16 @@ def test_right_vectors_of_an_image_with_silent_channels_have_their_gradient(shap
     assert (x.grad[0] * change).sum().item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize('factor', [1e30, 1e-30])
+def test_right_vectors_are_those_of_features_of_any_size(factor):
+    x = random(3, 9, 5).float()
+    large = (x * factor).requires_grad_()
+    (v, values), (expected, sizes) = right_vectors(large, 2), right_vectors(x, 2)
+    torch.testing.assert_close((v.abs(), values / factor), (expected.abs(), sizes))
+    v.square().sum((1, 2)).sub(v[..., 0].sum(1)).sum().backward()
+    assert large.grad.isfinite().all() and large.grad.any()
+
+
 @pytest.mark.parametrize('fill', [0.0, 1.0])
 def test_kdsvd_of_a_constant_image_has_a_finite_gradient(fill):
     s, t = shown('same')
