@@ -39,19 +39,30 @@ class DOT(torch.optim.Optimizer):
         skip = self.found_inf.bool()
         self.average()
         for group in self.param_groups:
-            mu, delta, decay = group['momentum'], group['delta'], group['weight_decay']
-            for p in (p for p in group['params'] if p.grad is not None):
-                state = self.state[p]
-                if state['shared']:
-                    g_ce = self.g_ce[p]
-                    new = {'v_ce': (mu - delta) * state['v_ce'] + g_ce + decay * p,
-                           'v_kd': (mu + delta) * state['v_kd'] + p.grad - g_ce}
-                else:
-                    new = {'v_ce': mu * state['v_ce'] + p.grad + decay * p}
-                for name, v in new.items():
-                    state[name].copy_(torch.where(skip, state[name], v))
-                p.copy_(torch.where(skip, p, p - group['lr'] * (state['v_ce'] + state['v_kd'])))
+            reached = [p for p in group['params'] if p.grad is not None]
+            for shared in True, False:
+                if params := [p for p in reached if self.state[p]['shared'] == shared]:
+                    self.move(params, group, skip, group['delta'] if shared else None)
         self.g_ce = {}
+
+    def move(self, params: list[Tensor], group: dict, skip: Tensor, delta: float | None):
+        """One operation for all parameters at a time: there are many, and most are small."""
+        v_ce, v_kd = ([self.state[p][name] for p in params] for name in ('v_ce', 'v_kd'))
+        g = [p.grad for p in params]
+        g_ce = g if delta is None else [self.g_ce[p] for p in params]
+        step = new = torch._foreach_mul(v_ce, group['momentum'] - (delta or 0))
+        torch._foreach_add_(new, g_ce)
+        torch._foreach_add_(new, params, alpha=group['weight_decay'])
+        changes = [(v_ce, new)]
+        if delta is not None:
+            new = torch._foreach_mul(v_kd, group['momentum'] + delta)
+            torch._foreach_add_(new, g)
+            torch._foreach_sub_(new, g_ce)
+            changes.append((v_kd, new))
+            step = torch._foreach_add(step, new)
+        changes.append((params, torch._foreach_add(params, step, alpha=-group['lr'])))
+        for old, new in changes:
+            torch._foreach_copy_(old, [torch.where(skip, a, b) for a, b in zip(old, new)])
 
     def average(self):
         """g_ce over ranks, as DDP does it with .grad."""
