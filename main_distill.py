@@ -72,6 +72,9 @@ def main():
         args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
     if idle := drop_foreign(DISTILLERS, args.distiller, args):
         parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
+    if args.logit_standardize and not any('logits' in (DISTILLERS[name].teacher_reads or ['logits'])
+                                          for name in args.distiller):
+        parser.error(f'--logit-standardize: --distiller {" ".join(args.distiller)} sees no logits')
     if args.teacher_stream and args.compile not in (False, 'default'):
         parser.error(f'--compile {args.compile}: CUDA graphs of both networks share memory, so --teacher-stream cannot '
                      'let them work at the same time')
@@ -174,7 +177,10 @@ def worker(args, device):
     while run.progress['epoch'] < total_epochs(args):
         def look(epoch=run.progress['epoch']):
             return map(prepare, train.sample(epoch, args.pair_images))
-        run.tell(distillation.start_epoch(run.progress['epoch'] + 1, look))  # without --amp: rounding would flip ties
+        news = distillation.start_epoch(run.progress['epoch'] + 1, look)  # without --amp: rounding would flip ties
+        if news is None:
+            run.interrupt()
+        run.tell(news)
         train_one_epoch(learner, train, prepare_mixed, ema, run, device, args)
         if cache:
             cache.save()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Features
-from utils import distributed
+from utils import distributed, signals
 from utils.args import switch
 from utils.closely import timed
 from utils.data import Batch
@@ -147,19 +147,29 @@ class Distillation(nn.Module):
         unreached = [p.requires_grad_(False) for p, gradient in zip(parameters, gradients) if gradient is None]
         return sum(p.numel() for p in unreached)
 
-    def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]]:
-        """Let the distillers prepare for an epoch, counted from 1; batches() iterates over what forward gets."""
+    def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]] | None:
+        """Let the distillers prepare for an epoch, counted from 1; batches() iterates over what forward gets.
+
+        Returns what they report; None where a signal asks to stop, and they have not seen all: nothing is to be kept.
+        """
         for name, distiller in self.distillers.items():
+            problem = None
             try:
                 distiller.start_epoch(epoch, lambda: self.pairs(batches()))
             except ValueError as error:  # features to which a method has no answer
-                distributed.stop(f'{name}: {error}')
+                problem = f'{name}: {error}'
+            if any(distributed.agree(signals.caught())):
+                return None
+            if problem:
+                distributed.stop(problem)
         return {name: distiller.report for name, distiller in self.distillers.items() if distiller.report}
 
     @torch.no_grad()
     def pairs(self, batches):
         with evaluating(self.student), evaluating(self.teacher):
             for batch in batches:
+                if signals.caught():
+                    break
                 yield tuple(x.forward(batch.images, features=True) for x in (self.student, self.teacher))
 
 
@@ -191,9 +201,10 @@ def adapt(distillers, s: Features) -> Features:
 
 
 def z_scores(logits: torch.Tensor) -> torch.Tensor:
-    """Of each sample over its classes."""
+    """Of each sample over its classes; equal logits have none: 0, and no gradient."""
     logits = logits.float()
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    deviation = logits.std(1, keepdim=True)
+    return torch.where(deviation > 1e-6, (logits - logits.mean(1, keepdim=True)) / deviation.clamp(min=1e-6), 0.0)
 
 
 def detached(t: Features) -> Features:

@@ -309,7 +309,7 @@ def check_ranks(order: TrainOrder, nodes: int, student: nn.Module | None, loader
         found.problems.append(f'a batch of {order.batch} is smaller than the number of ranks, {order.world}')
     elif order.batch // order.world == 1 and not args.sync_bn and student and any(
             isinstance(m, _BatchNorm) for m in student.modules()):
-        found.problems.append('BatchNorm takes its statistics from 1 image per rank: a larger batch, or fewer ranks')
+        found.notes.append('BatchNorm takes its statistics from 1 image per rank: a larger batch, or fewer ranks')
     workers, cores = args.workers * order.world // nodes, os.cpu_count()
     if isinstance(loader, DataLoader) and workers > cores:
         found.notes.append(f'{workers} loader processes share {cores} cores: -j {max(cores * nodes // order.world, 1)} '

@@ -111,9 +111,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def row_pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of corresponding rows, [R, K] x [R, K] -> [R]; 0 where a row is constant."""
-    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    return (a * b).sum(1) / (torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1) + 1e-8)
+    """Correlation of corresponding rows, [R, K] x [R, K] -> [R]; 0, without gradient, where a row is constant."""
+    a, b = (unit(x - x.mean(1, keepdim=True)) for x in (a, b))
+    return (a * b).sum(1)
 
 
 def relations(y_s: Tensor, y_t: Tensor, batch, local: bool) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 75
 STOPPED = (INTERRUPTED, -signal.SIGTERM)  # the latter before it could heed one
 EVERY = 30  # seconds between two reports
-OF_TEACHER = ('--teacher-arch', '--teacher-resume', '--teacher-mean', '--teacher-std', '--teacher-size')
 OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e')
 
 
@@ -53,12 +52,13 @@ def spelt_out(flags: list[str]) -> list[str]:
 
 def of_student(flags: list[str]) -> list[str]:
     """The flags that a student without a teacher has, too."""
-    known = [option for action in base_parser('')._actions for option in action.option_strings]
+    known = [option for action in base_parser('')._actions for option in action.option_strings
+             if not option.startswith('--teacher')]
     kept, keep = [], True
     for word in flags:
         if word.startswith('-') and not word.lstrip('-')[:1].isdigit():  # a flag, no negative number
             name = word.partition('=')[0]
-            keep = name not in OF_TEACHER and (not name.startswith('--') or any(o.startswith(name) for o in known))
+            keep = not name.startswith('--') or any(option.startswith(name) for option in known)
         kept += [word] * keep
     return kept
 
@@ -222,6 +222,10 @@ def main():
     if args.jobs < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.methods}) < len(args.methods):
         parser.error('--jobs has to be above 0, and no seed or method there twice')
 
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f'--output {args.output}: {error.strerror}')
     jobs = [Job(method, seed, args, flags) for seed in args.seeds for method in args.methods]
     code = train(jobs, args.jobs, args.gpus)
     if written := write_report(jobs):

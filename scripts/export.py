@@ -100,7 +100,7 @@ def export(options):
     except (OSError, RuntimeError) as error:  # exporters' own errors are RuntimeErrors
         sys.exit(f'error: cannot write {file}: {str(error).strip().splitlines()[0]}')
     finally:
-        unchecked.unlink(missing_ok=True)
+        checkpoint.remove(unchecked)
     print(*rows, sep='\n')
     how = LOAD[options.format].format(file=file.name, construct=construct)
     told = facts(args, path, record, network, meta)

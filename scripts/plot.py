@@ -61,6 +61,7 @@ def main():
     parser.add_argument('out', nargs='+', type=Path, metavar='OUT', help='folder of a run, with its log.jsonl')
     parser.add_argument('-o', '--output', type=Path, default='curves.png', metavar='PNG', help='(%(default)s)')
     args = parser.parse_args()
+    args.output = args.output if args.output.suffix else args.output.with_suffix('.png')
 
     labels = [arch_of(out) for out in args.out]
     runs = [(label if labels.count(label) == 1 else f'{label} ({out})', read_log(out))

@@ -185,7 +185,7 @@ def main():
                 there = made
             if not isinstance(there, dict) or {key: there.get(key) for key in made} != made:
                 sys.exit(f'error: {args.target} was made otherwise: remove it, or name another folder')
-        elif args.target.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
+        elif args.target.exists() and not (args.target.is_dir() and {*os.listdir(args.target)} <= {'manifest.tmp'}):
             sys.exit(f'error: {args.target} holds something else: remove it, or name another folder')
         args.target.mkdir(parents=True, exist_ok=True)
         write_json(manifest, made | {'complete': False})

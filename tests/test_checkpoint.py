@@ -69,6 +69,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pth']
 
 
+def test_a_disk_that_takes_nothing_is_one_line(tmp_path, monkeypatch):
+    """Not even the torn file away."""
+    def refused(self, **_):
+        raise OSError(30, 'Read-only file system')
+    monkeypatch.setattr(os, 'replace', lambda *_: refused(None))
+    monkeypatch.setattr(type(tmp_path), 'unlink', refused)
+    with pytest.raises(SystemExit, match=r'cannot write .*: .*Read-only file system'):
+        checkpoint.write(tmp_path / 'args.json', b'{}')
+    with pytest.raises(SystemExit, match=r'cannot write .*: .*Is a directory'):
+        checkpoint.append(tmp_path, 'a line')
+
+
 class Net(nn.Sequential):
     def __init__(self, width=4):
         super().__init__(nn.Linear(3, width), nn.Linear(width, 2))

@@ -86,6 +86,7 @@ def one_line(run):
 
 def test_wrong_data(base, tmp_path, images):
     assert f'{tmp_path / "none"} does not exist' in one_line(base(tmp_path / 'none', '--output', tmp_path / 'o'))
+    assert '0.jpg is a file' in one_line(base(images / 'train' / 'ant' / '0.jpg', '--output', tmp_path / 'o'))
     assert 'has no valid/ or val/' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
     (tmp_path / 'cifar-100-python').mkdir()
     assert 'it holds CIFAR: --dataset cifar100' in one_line(base(tmp_path, '--output', tmp_path / 'o'))
@@ -117,7 +118,7 @@ def test_wrong_networks_and_weights(base, tmp_path, images):
     assert 'does not exist' in one_line(base(images, '--student-resume', tmp_path / 'none.pth', *out))
     torch.save(create_model('resnet8', 5).state_dict(), tmp_path / 'five.pth')
     line = one_line(base(images, '--student-resume', tmp_path / 'five.pth', *out))
-    assert 'fc.weight is [5, 64] instead of [3, 64]' in line
+    assert 'fc.weight is [5, 64] instead of [3, 64]' in line and '(it has 5 outputs: --num-classes 5)' in line
     (tmp_path / 'junk.pth').write_text('junk')
     assert 'is damaged' in one_line(base(images, '--student-resume', tmp_path / 'junk.pth', *out))
     assert 'is damaged' in one_line(base(images, '--resume', tmp_path / 'junk.pth', *out))

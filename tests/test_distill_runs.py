@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, assert_same, script, signal_in_update, start, torchrun_command
 
+from distillers import Distillation
 from models import create_model
 from utils import signals
 
@@ -125,6 +126,34 @@ def test_flags_of_another_method_are_no_accident(distill, images, teacher, tmp_p
     assert 'names a method twice' in distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', 'kd')).err
     run = distill(*flags(images, teacher, tmp_path / 'o', '--distiller', 'mgd', '--kd-weight', 2))
     assert run.code == 2 and '--kd-weight: of a method that --distiller (mgd) does not name' in run.err
+
+
+def test_what_standardizes_logits_that_nobody_sees_is_refused(distill, images, teacher, tmp_path):
+    run = distill(*flags(images, teacher, tmp_path / 'o', '--distiller', 'mgd', 'at', '--logit-standardize'))
+    assert run.code == 2 and '--logit-standardize: --distiller mgd at sees no logits' in run.err
+
+
+@pytest.mark.parametrize('name, epoch', [('ft', 1), ('mgd', 1), ('mgd', 2)])
+def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, monkeypatch, name, epoch):
+    """The run ends at once, keeps nothing of it, and the same command comes to the same weights."""
+    def run(output):
+        return distill(*flags(images, teacher, tmp_path / output, '--distiller', name))
+
+    def looks_once(self, number, batches, genuine=Distillation.start_epoch):
+        def noted():
+            for batch in batches():
+                looked.append(number)
+                if number == epoch:
+                    signals._note(15)
+                yield batch
+        return genuine(self, number, noted)
+    whole, looked = run('whole'), []
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, 'start_epoch', looks_once)
+        part = run('parts')
+    assert part.code == signals.EXIT_INTERRUPTED and looked.count(epoch) <= 2  # of five batches
+    assert part.json('interrupted')['epoch'] == epoch - 1
+    assert_same(run('parts').weights(), whole.weights())
 
 
 def test_methods_are_listed(distill):

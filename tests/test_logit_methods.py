@@ -392,6 +392,13 @@ def test_z_scores_of_any_logits(dtype):
     torch.testing.assert_close(found[2].std(), torch.tensor(1.0), rtol=2e-3, atol=0)
 
 
+def test_equal_logits_have_no_z_scores_to_pull():
+    """As those of a classifier that starts at zero: a slope of 1e7 would ruin it in its first update."""
+    z = torch.tensor([[0.0, 0, 0], [3, 3, 3], [1, 2, 3]], requires_grad=True)
+    (z_scores(z) * torch.tensor([1.0, -2, 5])).sum().backward()
+    assert not z.grad[:2].any() and z.grad[2].isfinite().all() and z.grad[2].any()
+
+
 # Hyper-parameters
 
 @pytest.mark.parametrize('method, hyper', [

@@ -166,6 +166,12 @@ def test_what_is_torn_is_made_anew(prepared, folder):
         assert file.read_text() == content
 
 
+def test_a_copy_that_got_no_further_than_its_manifest_goes_on(prepared, folder):
+    (folder.parent / 'dst').mkdir()
+    (folder.parent / 'dst' / 'manifest.tmp').write_text('{"by"')
+    assert len(load_source(arguments(prepared('raw')), train=False)) == 6
+
+
 def test_names_that_would_be_one_are_told_at_once(prepared, folder):
     Image.new('RGB', (40, 40)).save(folder / 'train' / 'bee' / 'tall.png.jpg')
     with pytest.raises(SystemExit, match=r'would be bee/tall.png.jpg in the copy'):

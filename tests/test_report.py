@@ -303,8 +303,9 @@ def contrast(monkeypatch, capfd):
 
 
 def test_a_student_alone_gets_the_flags_that_it_has():
-    flags = ['--arch', 'net', '--teacher-arch', 'big', '--lr=0.1', '--teacher-resume=T.pth', '-b', '8', '--pair-images',
-             '9', '--lr-drop-epochs', '3', '5', '--ce-weight', '-1', '--no-accel', '--skip-first-evaluation']
+    flags = ['--arch', 'net', '--teacher-arch', 'big', '--lr=0.1', '--teacher-resume=T.pth', '--teacher-re', 'T.pth',
+             '-b', '8', '--pair-images', '9', '--lr-drop-epochs', '3', '5', '--ce-weight', '-1', '--no-accel',
+             '--skip-first-evaluation']
     kept = ['--arch', 'net', '--lr=0.1', '-b', '8', '--lr-drop-epochs', '3', '5', '--no-accel']
     assert compare.of_student(flags) == kept
 
@@ -372,6 +373,12 @@ def test_a_signal_stops_all_runs_and_the_exit_code_says_so(contrast, stand_in):
                     '--flags', 'kd', '--wait', '--flags', 'alone', '--wait', '--', '--dummy')
     assert done.code == 75 and done.out.count('stopped, ') == 2 and not (stand_in / 'runs' / 'kd-1').exists()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_a_line(contrast, tmp_path):
+    (tmp_path / 'file').touch()
+    done = contrast('--methods', 'kd', '--output', tmp_path / 'file')
+    assert done.code == 2 and 'Traceback' not in done.err and str(tmp_path / 'file') in done.err.splitlines()[-1]
 
 
 def test_a_method_that_fails_leaves_the_others_alone(contrast, stand_in):

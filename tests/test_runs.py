@@ -84,6 +84,22 @@ def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
     assert run.json()['best']['epoch'] == 0 and run.json()['last']['epoch'] == 2
 
 
+def test_a_run_that_goes_on_in_a_new_folder_has_the_best_weights_there(base, images, tmp_path):
+    def run(output, epochs, *flags):
+        return base(images, '--epochs', epochs, '--lr', 0, '-a', 'squeezenet1_1', '--image-size', 64, *flags,
+                    '--output', tmp_path / output)
+    first, resume = run('a', 1), ('--resume', tmp_path / 'a' / 'checkpoint.pth')
+    second = run('b', 2, *resume)
+    assert second.code == 0 and second.json()['best']['epoch'] == 0 and second.json()['last']['epoch'] == 1
+    assert_same(second.weights('best.pth'), first.weights('best.pth'))
+    done = run('c', 1, *resume)
+    assert done.code == 1 and 'is of a run that is done' in done.err and not (tmp_path / 'c').exists()
+    (tmp_path / 'a' / 'best.pth').unlink()
+    third = run('d', 2, *resume)
+    assert 'does not hold the weights of epoch 0' in third.err and third.json()['best']['epoch'] == 1
+    assert (tmp_path / 'd' / 'best.pth').exists()
+
+
 def test_evaluation_counts_are_exact(base, images, tmp_path):
     """Against a slow loop, for batch sizes that divide and that do not."""
     torch.manual_seed(1)

@@ -46,6 +46,8 @@ def test_curves_of_runs_also_of_one_that_goes_on(tmp_path):
         (tmp_path / name / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records) + half)
     drawn = tool('plot.py', tmp_path / 'a', tmp_path / 'b', '-o', tmp_path / 'curves.png')
     assert drawn.returncode == 0 and (tmp_path / 'curves.png').read_bytes()[:4] == b'\x89PNG'
+    drawn = tool('plot.py', tmp_path / 'a', '-o', tmp_path / 'plain')
+    assert drawn.stdout == f'{tmp_path / "plain.png"}\n' and (tmp_path / 'plain.png').exists()
     missing = tool('plot.py', tmp_path / 'c', '-o', tmp_path / 'x.png')
     assert missing.returncode == 2 and 'log.jsonl' in missing.stderr and 'Traceback' not in missing.stderr
 

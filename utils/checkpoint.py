@@ -17,6 +17,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -42,8 +43,22 @@ def write(path: Path, content):
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch turns some write errors into RuntimeError
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         sys.exit(f'error: cannot write {path}: {_line(error)} ({free(path)}); the files that were there are intact')
+
+
+def append(path: Path, line: str):
+    try:
+        with open(path, 'a') as f:
+            f.write(line)
+    except OSError as error:
+        sys.exit(f'error: cannot write {path}: {_line(error)} ({free(path)}); the last checkpoint is intact')
+
+
+def remove(path: Path):
+    """If it is there, and as far as the disk lets us."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def free(path: Path) -> str:
@@ -141,6 +156,9 @@ def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
     wrong += [f'{k} has values that are not finite' for k in own if k in weights and not weights[k].isfinite().all()]
     if wrong:
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
+        last = [*own][-1]  # of the classifier
+        if last in weights and own[last].ndim == weights[last].ndim == 1 and len(own[last]) != len(weights[last]):
+            more += f' (it has {len(weights[last])} outputs: --num-classes {len(weights[last])})'
         raise ValueError(f'{path} does not fit {named}: {", ".join(wrong[:4])}{more}')
     network.load_state_dict(weights)
 

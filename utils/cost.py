@@ -1,6 +1,7 @@
 """What training costs, in time and memory, measured with the training loop itself on one batch. For --inspect."""
 import io
 import os
+import sys
 import time
 from contextlib import redirect_stdout
 from itertools import islice, pairwise
@@ -89,6 +90,8 @@ def preparation(distillation, train, prepare, pairs: float, n: int, device) -> d
             looks.append(1)  # noqa: B023
             return map(prepare, train.sample(0, some))
         news = distillation.start_epoch(epoch, look)
+        if news is None:
+            sys.exit('error: stopped by a signal')
         fixed = sum(row.get('seconds', 0.0) for rows in news.values() for row in rows)
         seconds.append(fixed + (now(device) - began - fixed) * pairs / some if looks else 0.0)
     return dict(zip(('first', 'each'), seconds))

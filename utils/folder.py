@@ -10,8 +10,8 @@ from pathlib import Path
 from . import checkpoint, distributed
 
 FILES = ['args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
-         'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'interrupted',
-         'nonfinite.json', 'events.out.*']
+         'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'evaluate.json',
+         'evaluate.npz', 'interrupted', 'nonfinite.json', 'events.out.*']
 TORN = [f'{name}.tmp' for name in FILES]  # of a process that was killed while it wrote
 
 
@@ -85,6 +85,21 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
     if told:
         kept = [line for line in told if line.endswith('\n') and epoch_of(line) < epoch]
         checkpoint.write(log, ''.join(kept).encode())
+
+
+def bring_best(source: Path, target: Path, best: dict) -> dict | None:
+    """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone."""
+    if source.resolve() == target.resolve():
+        return best
+    try:
+        if json.loads((source / 'result.json').read_text())['best'] == best:
+            checkpoint.write(target / 'best.pth', (source / 'best.pth').read_bytes())
+            return best
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f'note: {source} does not hold the weights of epoch {best["epoch"]}, the best so far: best.pth will be that '
+          'of a later one', file=sys.stderr)
+    return None
 
 
 def epoch_of(line: str) -> float:

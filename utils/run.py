@@ -50,6 +50,8 @@ class Run:
                 sys.exit(f'error: --resume: {error}')
             if not args.evaluate and not checkpoint.is_checkpoint(saved):
                 sys.exit(f'error: --resume: {origin} holds weights only; --student-resume starts from them')
+            if not args.evaluate and saved['progress']['epoch'] >= total_epochs(args):
+                sys.exit(f'error: --resume: {origin} is of a run that is done; {origin.parent} holds what came of it')
         if checkpoint.is_checkpoint(saved):
             differences = differing(saved['arguments'], args)
             if differences and not args.evaluate:
@@ -62,8 +64,11 @@ class Run:
             return path, saved['seed'] if args.seed is None else args.seed, saved, origin
         return path, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
 
-    def _begin(self):
-        """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at."""
+    def _begin(self) -> dict | None:
+        """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at.
+
+        Returns the best epoch whose weights are there.
+        """
         folder.refuse_harm(self.folder, self.args)
         folder.make(self.folder)
         self.lock = folder.lock(self.folder)
@@ -75,6 +80,8 @@ class Run:
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.progress['epoch'])
             except ImportError:
                 print('note: tensorboard is not installed, no scalars are written', file=sys.stderr)
+        best = self.progress['best']
+        return best and folder.bring_best(self.origin.parent, self.folder, best)
 
     def restore(self, **parts):
         """Name the parts whose state_dicts make a checkpoint, and fill them from the one to go on from."""
@@ -121,7 +128,7 @@ class Run:
         for name, fact in self.facts.items():
             if len(set(distributed.gather(fact))) > 1:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
-        distributed.from_main(self._begin)
+        self.progress['best'] = distributed.from_main(self._begin)
         distributed.say(
             f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
             f'and {len(valid.dataset):,} validation images, {len(train.images.source.classes)} classes\n'
@@ -174,12 +181,11 @@ class Run:
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
         for name in ['last.pth'] + ['best.pth'] * best:
-            checkpoint.write(self.folder / name, weights_of(self.shipped()))
+            checkpoint.write(self.folder / name, on_host(self.shipped()))
         checkpoint.write(self.folder / 'predictions.npz', as_npz(predictions))
         if 'teacher' in self.parts:  # it learns, too
-            checkpoint.write(self.folder / 'teacher.pth', weights_of(self.parts['teacher']))
-        with open(self.folder / 'log.jsonl', 'a') as log:
-            log.write(json.dumps(record) + '\n')
+            checkpoint.write(self.folder / 'teacher.pth', on_host(self.parts['teacher']))
+        checkpoint.append(self.folder / 'log.jsonl', json.dumps(record) + '\n')
         checkpoint.write(self.folder / 'result.json', as_json(self._result()))
         self._save()
         train, valid = record['train'], record['valid']
@@ -280,7 +286,7 @@ def git_revision() -> str | None:
         return None
 
 
-def weights_of(network) -> dict:
+def on_host(network) -> dict:
     """As any machine loads them."""
     return {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
 

@@ -182,7 +182,7 @@ def load_or_next(source, index: int) -> tuple:
 
 def find_split(root: str, *names: str) -> Path:
     if not Path(root).is_dir():
-        sys.exit(f'error: the data folder {root} does not exist')
+        sys.exit(f'error: the data folder {root} ' + ('is a file' if Path(root).exists() else 'does not exist'))
     for name in names:
         if (Path(root) / name).is_dir():
             return Path(root) / name
