@@ -19,7 +19,8 @@ from utils import signals
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 SMALL = ['--image-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--no-accel', '--no-tensorboard',
          '--pair-images', '8']
-NETWORKS = {'mobilenet_v1': 'resnet8', 'mobilenet_v2': 'resnet8', 'resnet50': 'resnet14'}
+NETWORKS = {'mobilenet_v1': 'resnet8', 'mobilenet_v2': 'resnet8', 'resnet50': 'resnet14',
+            'timm:resnet50.a1_in1k': 'timm:resnet18'}
 FOLDERS = ('/imagenet', '/cub', '/data', 'DIR')
 WEIGHTS = ('--teacher-resume', '--student-resume')
 
@@ -58,7 +59,8 @@ class Reader:
         words = [NETWORKS.get(word, word) for word in words]
         if teacher and '--teacher-arch' not in words:
             words += ['--teacher-arch', NETWORKS[teacher]]
-        large = 'resnet18' if 'my_nets:large' in words else 'resnet14'
+        large = next((arch for name, arch in (('my_nets:large', 'resnet18'), ('timm:resnet18', 'timm:resnet18'))
+                      if name in words), 'resnet14')
         arch = {'--student-resume': 'resnet8', '--teacher-resume': large}
         for flag in WEIGHTS:
             if flag in words and not Path(words[words.index(flag) + 1]).exists():
