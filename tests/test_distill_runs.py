@@ -133,11 +133,11 @@ def test_what_standardizes_logits_that_nobody_sees_is_refused(distill, images, t
     assert run.code == 2 and '--logit-standardize: --distiller mgd at sees no logits' in run.err
 
 
-@pytest.mark.parametrize('name, epoch', [('ft', 1), ('mgd', 1), ('mgd', 2)])
-def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, monkeypatch, name, epoch):
+@pytest.mark.parametrize('method, epoch', [('ft --ft-paraphraser-epochs 3', 1), ('mgd', 2)])
+def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, monkeypatch, method, epoch):
     """The run ends at once, keeps nothing of it, and the same command comes to the same weights."""
     def run(output):
-        return distill(*flags(images, teacher, tmp_path / output, '--distiller', name))
+        return distill(*flags(images, teacher, tmp_path / output, '--distiller', *method.split()))
 
     def looks_once(self, number, batches, genuine=Distillation.start_epoch):
         def noted():
