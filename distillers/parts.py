@@ -111,9 +111,13 @@ def unit(x: Tensor) -> Tensor:
 
 
 def row_pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of corresponding rows, [R, K] x [R, K] -> [R]; 0, without gradient, where a row is constant."""
-    a, b = (unit(x - x.mean(1, keepdim=True)) for x in (a, b))
-    return (a * b).sum(1)
+    """Correlation of corresponding rows, [R, K] x [R, K] -> [R]; as published, it fades where both hardly vary.
+
+    A constant row of a, the student's, has no direction: 0, and no gradient, which the fading would make 1e8.
+    """
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    length = torch.linalg.vector_norm(a, dim=1)
+    return torch.where(length > 1e-6, (a * b).sum(1) / (length * torch.linalg.vector_norm(b, dim=1) + 1e-8), 0.0)
 
 
 def relations(y_s: Tensor, y_t: Tensor, batch, local: bool) -> tuple[Tensor, Tensor]:

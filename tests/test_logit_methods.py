@@ -261,6 +261,19 @@ def test_dist_is_the_formula(hyper):
     assert values(run(DIST(None, None, **hyper), z_s, z_t)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_correlation_of_rows_that_hardly_vary_fades_as_published():
+    """As of classes that no image of a batch shows: a thousand classes have many of these."""
+    a, b = logits()[0].detach(), logits()[1]
+    a, b = ((x - x.mean(1, keepdim=True)) / (x - x.mean(1, keepdim=True)).norm(dim=1, keepdim=True) for x in (a, b))
+    cosines = (a * b).sum(1)
+    for size, share in (1.0, 1.0), (1e-4, 0.5), (1e-5, 1 / 101):
+        torch.testing.assert_close(parts.row_pearson(size * a + 3, size * b), share * cosines, rtol=1e-4, atol=1e-6)
+    a[0] = 3.0
+    a.requires_grad_()
+    parts.row_pearson(a, b).sum().backward()
+    assert not a.grad[0].any() and a.grad[1:].abs().max() < 10
+
+
 def test_dist_of_equal_logits_is_zero():
     _, z_t = logits()
     assert values(run(DIST(None, None), z_t, z_t)) == pytest.approx({'dist_inter': 0, 'dist_intra': 0}, abs=1e-4)
