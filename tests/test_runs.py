@@ -272,7 +272,7 @@ def interrupt_after(monkeypatch, updates: int):
     ['--optimizer', 'adamw', '--accum-steps', '2', '-b', '5'],                        # a tail of two unequal batches
     ['--mixup', '0.2', '--cutmix', '1', '--auto-augment', 'randaugment', '--random-erasing', '0.5'],
     ['--amp', 'bf16', '--channels-last', '--clip-grad', '1'],
-    ['--amp', 'fp16'],                                                                # the scaler's state
+    ['--amp', 'fp16', '--image-size', '16'],                                          # the scaler's state
 ], ids=lambda flags: ' '.join(flags))
 def test_resume_is_exact_to_the_bit(base, images, tmp_path, monkeypatch, flags):
     """Stopped twice inside the first epoch and once in the second; ends as if never stopped."""
