@@ -13,7 +13,7 @@ set -uo pipefail
 [[ ${1-} ]] || { echo 'usage: benchmarks/gpu.sh OUT [PART...]' >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit
 shift
-wanted=" $* "
+wanted=" $* " unknown=" $* "
 python=${BIN:+$BIN/}python3 work=$(mktemp -d) total=540
 trap 'rm -rf "$work"' EXIT
 
@@ -21,6 +21,7 @@ part() {  # NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((total - SECONDS)) begun=$SECONDS
     shift 2
     [[ $wanted == '  ' || $wanted == *" $name "* ]] || return
+    unknown=${unknown/ $name / }
     ((left > 15)) || { echo "$name: no time left"; return; }  # not enough to import and build anything
     timeout --kill-after=5 $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1
     echo "$name: exit code $?, $((SECONDS - begun)) s"  # 124: it took too long
@@ -56,4 +57,5 @@ bench flow-tracking 45
 bench loader 120
 bench cifar-data 60
 bench methods 120
+[[ $unknown != *[^' ']* ]] || echo "there is no part$unknown"
 echo "$SECONDS s, all in $out"

@@ -43,6 +43,7 @@ def default_config() -> CfgNode:
             method.FEATURES = MAPS[name]
         for key, (parameter, _) in hyper_parameters(DISTILLERS[name]).items():
             method[key.upper()] = parameter.default
+    distill.MGD.LOSS_FACTOR = 1e4  # its own default goes by the size of the images, and here they have many
     return cfg
 
 

@@ -25,6 +25,7 @@ from ways import collect, table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, reads_outputs
+from utils import folder
 from utils.args import base_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,10 +223,7 @@ def main():
     if args.jobs < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.methods}) < len(args.methods):
         parser.error('--jobs has to be above 0, and no seed or method there twice')
 
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f'--output {args.output}: {error.strerror}')
+    folder.make(args.output)
     jobs = [Job(method, seed, args, flags) for seed in args.seeds for method in args.methods]
     code = train(jobs, args.jobs, args.gpus)
     if written := write_report(jobs):

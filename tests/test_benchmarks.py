@@ -300,4 +300,6 @@ def test_what_fails_on_a_gpu_does_not_keep_the_rest_from_being_run(tmp_path):
     assert {path.stem for path in out.glob('*.json')} == codes.keys() - failed
     cases = {name for name in codes if f'run.py {name} --device cuda' in (out / f'{name}.log').read_text()}
     assert cases <= CASES.keys() and {'throughput', 'loader', 'memory'} < cases
-    assert re.findall(r'^(\S+): exit', gpu('some', 'methods', 'memory').stdout, re.MULTILINE) == ['memory', 'methods']
+    some = gpu('some', 'methods', 'memori', 'memory').stdout
+    assert re.findall(r'^(\S+): exit', some, re.MULTILINE) == ['memory', 'methods'] and 'no part memori' in some
+    assert 'no part' not in script.stdout

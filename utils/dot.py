@@ -40,28 +40,24 @@ class DOT(torch.optim.Optimizer):
         self.average()
         for group in self.param_groups:
             reached = [p for p in group['params'] if p.grad is not None]
-            for shared in True, False:
-                if params := [p for p in reached if self.state[p]['shared'] == shared]:
-                    self.move(params, group, skip, group['delta'] if shared else None)
+            shared, own = ([p for p in reached if self.state[p]['shared'] == both] for both in (True, False))
+            self.move(shared, [self.g_ce[p] for p in shared], group, group['delta'], skip)
+            self.move(own, [p.grad for p in own], group, 0.0, skip)  # v_kd stays 0
         self.g_ce = {}
 
-    def move(self, params: list[Tensor], group: dict, skip: Tensor, delta: float | None):
+    def move(self, params: list[Tensor], g_ce: list[Tensor], group: dict, delta: float, skip: Tensor):
         """One operation for all parameters at a time: there are many, and most are small."""
+        if not params:
+            return
         v_ce, v_kd = ([self.state[p][name] for p in params] for name in ('v_ce', 'v_kd'))
-        g = [p.grad for p in params]
-        g_ce = g if delta is None else [self.g_ce[p] for p in params]
-        step = new = torch._foreach_mul(v_ce, group['momentum'] - (delta or 0))
-        torch._foreach_add_(new, g_ce)
-        torch._foreach_add_(new, params, alpha=group['weight_decay'])
-        changes = [(v_ce, new)]
-        if delta is not None:
-            new = torch._foreach_mul(v_kd, group['momentum'] + delta)
-            torch._foreach_add_(new, g)
-            torch._foreach_sub_(new, g_ce)
-            changes.append((v_kd, new))
-            step = torch._foreach_add(step, new)
-        changes.append((params, torch._foreach_add(params, step, alpha=-group['lr'])))
-        for old, new in changes:
+        ce = torch._foreach_mul(v_ce, group['momentum'] - delta)
+        torch._foreach_add_(ce, g_ce)
+        torch._foreach_add_(ce, params, alpha=group['weight_decay'])
+        kd = torch._foreach_mul(v_kd, group['momentum'] + delta)
+        torch._foreach_add_(kd, [p.grad for p in params])
+        torch._foreach_sub_(kd, g_ce)
+        moved = torch._foreach_add(params, torch._foreach_add(ce, kd), alpha=-group['lr'])
+        for old, new in (v_ce, ce), (v_kd, kd), (params, moved):
             torch._foreach_copy_(old, [torch.where(skip, a, b) for a, b in zip(old, new)])
 
     def average(self):

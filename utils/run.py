@@ -180,8 +180,9 @@ class Run:
         distributed.from_main(lambda: self._write_epoch(record, best, predictions))
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
+        weights = on_host(self.shipped())
         for name in ['last.pth'] + ['best.pth'] * best:
-            checkpoint.write(self.folder / name, on_host(self.shipped()))
+            checkpoint.write(self.folder / name, weights)
         checkpoint.write(self.folder / 'predictions.npz', as_npz(predictions))
         if 'teacher' in self.parts:  # it learns, too
             checkpoint.write(self.folder / 'teacher.pth', on_host(self.parts['teacher']))
