@@ -417,6 +417,10 @@ def test_schedule_of_the_flow():
     assert [epoch_of(i, *schedule) for i in (0, 4999, 5000, 30999, 31000, 89999)] == [1, 1, 2, 4, 5, 6]
 
 
+def test_the_divisor_of_mgd_does_not_go_by_the_size_of_the_probe():
+    assert default_config().MODEL.DISTILL.MGD.LOSS_FACTOR == 1e4
+
+
 def test_schedule_for_other_numbers_of_gpus():
     cfg = config('mgd_retinanet_R18_R50', 'SOLVER.REFERENCE_WORLD_SIZE', 8)
     cfg.freeze()
