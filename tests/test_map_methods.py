@@ -226,6 +226,12 @@ def test_right_vectors_of_an_image_with_silent_channels_have_their_gradient(shap
     assert (x.grad[0] * change).sum().item() == pytest.approx(expected, rel=1e-3)
 
 
+def test_singular_values_that_are_zero_but_for_rounding_are_numbers():
+    x = random(20, 9, 1) @ random(20, 1, 4, seed=1)
+    _, values = right_vectors(x, 4)
+    assert values.isfinite().all() and (values[:, 1:] < 1e-2 * values[:, :1]).all()
+
+
 @pytest.mark.parametrize('factor', [1e30, 1e-30])
 def test_right_vectors_are_those_of_features_of_any_size(factor):
     x = random(3, 9, 5).float()
