@@ -155,8 +155,10 @@ def test_the_same_command_goes_on_and_another_is_refused(base, images, tmp_path)
     assert other.code == 1 and '--lr is 0.5 here, 0.02 there' in other.err and '--overwrite' in other.err
     assert_same(other.weights(), before)
     assert base(*flags, '-j', 1, '-p', 3).code == 0  # says how to run, not what
+    (tmp_path / 'evaluate.json').write_text('of weights that go')
     anew = base(*flags, '--lr', 0.5, '--overwrite')
     assert anew.code == 0 and 'resumed' not in anew.out and len(anew.log()) == 1
+    assert not (tmp_path / 'evaluate.json').exists()
     after = anew.weights()
     assert any(not torch.equal(after[k], before[k]) for k in before)
 
