@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.setup import full_float32, has_bf16
 
-CUDA_STEPS, CUDA_MS = 40, 1000  # of a variant in a round, whichever is less
+CUDA_STEPS, CUDA_MS = 40, 500  # of a variant in a round, whichever is less
 
 # How a variant compares with its baseline, and whether more of it is better
 METRICS = {
@@ -110,7 +110,6 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
         one_round()
         for name, (ms, _) in one_round().items():
             steps[name] = round(min(max(CUDA_MS / max(ms, 1e-3), 1), CUDA_STEPS))
-        one_round()
     errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
     kept = [first] if case.measures else [one_round() for _ in range(rounds)]
     samples = {name: [measured[name][0] for measured in kept] for name in variants}

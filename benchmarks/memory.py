@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def memory(settings: Settings, **sizes) -> Case:
-    sizes, others = sizes_for(settings, sizes), ('contiguous', 'folded', 'compiled')
+    sizes = sizes_for(settings, sizes)
     variants = {name: Variant(in_its_own_process(name, settings, sizes), kind)
-                for name, (_, kind) in builders(settings, sizes).items() if name not in others}
+                for name, (_, kind) in builders(settings, sizes).items()}
     rows = [Row('channels_last', 'plain', 0.9, 'share', tolerance=1e-4),
             Row('bf16 folded', 'plain', 0.5, 'share', tolerance=2e-2),
             Row('channels_last', peers.MGD, 0.45, 'share', tolerance=1e-4),

@@ -1,4 +1,5 @@
 """A whole training step of MGD on one batch, and what MGD adds to it."""
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +15,8 @@ from utils.setup import compiled, place, precision
 from . import peers
 from .harness import Case, Row, Settings, Variant, available, flop_counter, matmul_rate, matmul_size
 from .plain import plain_step
+
+PEER_BF16 = f'{peers.MGD} bf16'  # as it is, under autocast
 
 
 def sizes_for(settings: Settings, given: dict) -> dict:
@@ -50,14 +53,16 @@ def our_step(settings: Settings, sizes: dict, **how):
     return training_step(*our_task(settings, sizes, **how))
 
 
-def our_task(settings: Settings, sizes: dict, channels_last=False, amp='off', fold=False, compile=False, distil=True):
+def our_task(settings: Settings, sizes: dict, channels_last=False, amp='off', fold=False, compile=False, distil=True,
+             compile_method=False):
     """What training_step is made of."""
     student, teacher, method, batch = ingredients(settings, **sizes)
     args = arguments(channels_last, amp, fold, compile)
     student, teacher = (place(network, settings.device, args) for network in (student, teacher))
     if channels_last:
         batch = batch._replace(images=batch.images.to(memory_format=torch.channels_last))
-    task = Distillation(student, teacher, {'mgd': compiled(method, args)} if distil else {})
+    method = compiled(method, arguments(compile=compile or compile_method))
+    task = Distillation(student, teacher, {'mgd': method} if distil else {})
     if fold:
         task.stand_in = LeanTeacher(task, teacher, settings.device, args)
     return task, batch, args
@@ -94,9 +99,13 @@ def builders(settings: Settings, sizes: dict) -> dict:
         'folded': (lambda: our_step(settings, sizes, channels_last=True, fold=True), 'fp32'),
         'compiled': (lambda: our_step(settings, sizes, channels_last=True, fold=True, compile=True), 'fp32'),
         'bf16 folded': (lambda: our_step(settings, sizes, channels_last=True, amp='bf16', fold=True), 'bf16'),
+        'bf16 compiled': (lambda: our_step(settings, sizes, channels_last=True, amp='bf16', fold=True, compile=True),
+                          'bf16'),
     }
     if settings.peers and not peers.trouble(settings):
-        steps[peers.MGD] = lambda: peers.mgd_step(settings, *ingredients(settings, **sizes)), 'fp32'
+        theirs = partial(peers.mgd_step, settings)
+        steps[peers.MGD] = lambda: theirs(*ingredients(settings, **sizes)), 'fp32'
+        steps[PEER_BF16] = lambda: theirs(*ingredients(settings, **sizes), amp='bf16'), 'bf16'
     return steps
 
 
@@ -109,6 +118,9 @@ def mgd_step(settings: Settings, **sizes) -> Case:
             Row('bf16 folded', peers.MGD, 3.0, tolerance=2e-2)]
     if settings.device.type == 'cuda':  # on a CPU, compiling takes too long for what it gives
         rows += [Row(name, 'plain', None, tolerance=1e-4) for name in ('folded', 'compiled')]
+        rows += [Row('bf16 compiled', 'plain', 2.8, tolerance=2e-2),
+                 Row('bf16 compiled', peers.MGD, 3.0, tolerance=2e-2)]
+        rows += [Row(name, PEER_BF16, 1.5, tolerance=4e-2) for name in ('bf16 folded', 'bf16 compiled')]
     return Case(variants, rows, limit=lambda: arithmetic(variants['folded'].run, settings.device),
                 skipped=peers.trouble(settings))
 
@@ -126,10 +138,13 @@ def arithmetic(run, device) -> str:
 def mgd_overhead(settings: Settings, **sizes) -> Case:
     """Without it, both networks still run, as they would for any method."""
     sizes = sizes_for(settings, sizes)
-    variants, rows = {}, []
-    for name, amp, goal in (('fp32', 'off', 0.11), ('bf16', 'bf16', 0.30)):
-        for distil in (True, False):
-            run = our_step(settings, sizes, channels_last=True, amp=amp, distil=distil)
-            variants[f'{name} {"with" if distil else "without"}'] = Variant(run, name)
-        rows.append(Row(f'{name} with', f'{name} without', goal, 'overhead', tolerance=float('inf')))
+    ways = {'with': {}, 'without': {'distil': False}}
+    goals = {'fp32': {'with': 0.11}, 'bf16': {'with': 0.30}}
+    if settings.device.type == 'cuda':  # on a CPU, compiling takes too long for what it gives
+        ways['compiled'] = {'compile_method': True}
+        goals = {'fp32': {'with': None, 'compiled': 0.10}, 'bf16': {'with': None, 'compiled': 0.10}}
+    variants = {f'{kind} {way}': Variant(our_step(settings, sizes, channels_last=True, amp=amp, **how), kind)
+                for kind, amp in (('fp32', 'off'), ('bf16', 'bf16')) for way, how in ways.items()}
+    rows = [Row(f'{kind} {way}', f'{kind} without', goal, 'overhead', tolerance=float('inf'))
+            for kind, aims in goals.items() for way, goal in aims.items()]
     return Case(variants, rows)

@@ -19,6 +19,8 @@ from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 from torch import nn
 from torchvision import datasets
 
+from utils.setup import precision
+
 from .harness import Settings
 
 MGD, MDISTILLER, TORCHDISTILL = 'KaiyuYue/mgd', 'megvii-research/mdistiller', 'yoshitomo-matsubara/torchdistill'
@@ -107,7 +109,7 @@ def copied(network: nn.Module, source: nn.Module) -> nn.Module:
     return network.to(next(source.parameters()).device)
 
 
-def mgd_step(settings: Settings, student, teacher, method, batch):
+def mgd_step(settings: Settings, student, teacher, method, batch, amp='off'):
     """A step as in its main_mgd.py."""
     peer = load(settings.peers / 'mgd')
     t_net = copied(peer.networks.resnet50(), teacher)
@@ -121,8 +123,9 @@ def mgd_step(settings: Settings, student, teacher, method, batch):
     criterion = nn.CrossEntropyLoss()
 
     def run():
-        logits, distance = network(batch.images)
-        loss = criterion(logits, batch.target) + distance.sum() / len(logits) / method.loss_factor
+        with precision(settings.device, amp):
+            logits, distance = network(batch.images)
+            loss = criterion(logits, batch.target) + distance.sum() / len(logits) / method.loss_factor
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

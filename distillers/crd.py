@@ -70,7 +70,10 @@ class CRD(Distiller):
         drawn = self.draw(batch.index)
         with torch.autocast(s.pooled.device.type, enabled=False):
             e_s, e_t = unit(self.embed_s(s.pooled.float())), unit(self.embed_t(t.pooled.float()))
-            x = torch.stack([compare(e_s, self.memory_t, drawn), compare(e_t, self.memory_s, drawn)]) / self.tau
+            # Divided, memories are copies: they will have changed by the backward pass. (A clone does not do: Inductor
+            # of torch 2.8 to 2.14 leaves it out.)
+            x = torch.stack([(e @ (memory / self.tau).T).gather(1, drawn)
+                             for e, memory in ((e_s, self.memory_t), (e_t, self.memory_s))])
         self.fix_z(x.detach(), counts=batch.weight > 0)
         log_p = x - self.z.log().view(2, 1, 1)  # [2, B, 1 + K]
         c = self.negatives / len(self.targets)
@@ -101,11 +104,6 @@ class CRD(Distiller):
         index, e_s, e_t = (distributed.gather_rows(x, batch.weight > 0) for x in (batch.index, e_s, e_t))
         for memory, e in ((self.memory_s, e_s), (self.memory_t, e_t)):
             memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * e)
-
-
-def compare(e: Tensor, memory: Tensor, drawn: Tensor) -> Tensor:
-    """[B, d], [N, d], [B, 1 + K] -> [B, 1 + K]. With a copy: the memory will have changed by the backward pass."""
-    return (e @ memory.clone().T).gather(1, drawn)
 
 
 def uniform(shape, below: Tensor) -> Tensor:

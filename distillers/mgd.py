@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ class Stage(nn.Module):
         s = self.norm(f_s.float())
         groups = (select(f_t, members) for members in self.flow)  # g times [N, sc, H, W], one at a time
         t, m = reduce(groups, self.margins[self.flow])
-        return partial_l2(s, torch.maximum(t.float(), m.view(-1, 1, 1)))
+        return PartialL2.apply(s, torch.maximum(t.float(), m.view(-1, 1, 1)))
 
     def update(self, track: 'Track', count: int, first: bool) -> dict:
         """Take the flow, and margins that no norm tells, from what was tracked; say what came of it."""
@@ -267,13 +266,22 @@ def select(f: Tensor, channels: Tensor) -> Tensor:
     return f.flatten(0, 2).index_select(1, channels).view(*f.shape[:3], -1).permute(0, 3, 1, 2)
 
 
-def partial_l2(s: Tensor, t: Tensor) -> Tensor:
-    """sum (s - t)^2 [s > t or t > 0]: where the teacher is silent, the student need not imitate but be silent too."""
-    with torch.no_grad():
-        t = torch.where((s > t) | (t > 0), t, s)
-    if not s.is_contiguous():  # the gradient of mse_loss is, and should come in the layout of s: so channels go last
-        s, t = s.movedim(1, -1), t.movedim(1, -1)
-    return F.mse_loss(s, t, reduction='sum')
+class PartialL2(torch.autograd.Function):
+    """sum (s - t)^2 [s > t or t > 0]: where the teacher is silent, the student need not imitate but be silent too.
+
+    By hand, as autograd would keep two maps, not one, until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, s, t):
+        missing = torch.where((s > t) | (t > 0), t, s).sub_(s)
+        ctx.save_for_backward(missing)
+        return torch.linalg.vector_norm(missing).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        missing, = ctx.saved_tensors
+        return missing * (-2 * grad), None
 
 
 def tells_margins(norm: nn.Module | None) -> bool:

@@ -10,7 +10,7 @@ from conftest import assert_same
 from torch import nn
 
 from distillers import mgd
-from distillers.mgd import MGD, REDUCERS, cosines, margins_of, match, partial_l2
+from distillers.mgd import MGD, REDUCERS, PartialL2, cosines, margins_of, match
 from models import Features
 
 EPS = 1e-5  # of BatchNorm
@@ -147,7 +147,7 @@ def test_random_drop_draws_every_member_equally_often_for_every_pixel():
 def test_partial_l2_against_loops():
     s, t = random(200), random(200, seed=1)
     s.requires_grad_()
-    loss = partial_l2(s, t)
+    loss = PartialL2.apply(s, t)
     loss.backward()
     counted = [a > b or b > 0 for a, b in zip(s.tolist(), t.tolist())]
     assert loss.item() == pytest.approx(sum((a - b) ** 2 for a, b, c in zip(s.tolist(), t.tolist(), counted) if c))

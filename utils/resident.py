@@ -4,7 +4,6 @@ A view's number is (row * 9 + column) * 2 + flip, with row and column of the cro
 """
 import hashlib
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,8 +25,8 @@ def pad(images: torch.Tensor, padding: str) -> torch.Tensor:
 
 class Resident:
     def __init__(self, source, device: torch.device, padding: str = 'zeros'):
-        pixels = torch.from_numpy(np.stack([np.asarray(source.load(i)[0]) for i in range(len(source))]))
-        self.padded = pad(pixels.permute(0, 3, 1, 2), padding).contiguous().to(device)  # [N, 3, 40, 40]
+        pixels = torch.from_numpy(source.pixels).permute(0, 3, 1, 2)
+        self.padded = pad(pixels, padding).contiguous().to(device)  # [N, 3, 40, 40]
         self.targets = torch.tensor(source.targets, device=device)
 
     def views(self, index: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

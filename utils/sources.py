@@ -136,22 +136,27 @@ def images_of_shard(index: Path) -> list:
 
 class Cifar:
     def __init__(self, name: str, root: str, train: bool):
-        kind = CIFAR[name]
+        def official(**how):
+            return CIFAR[name](root, train, **how)  # each time it reads all files, for their checksums
         try:
             if distributed.is_main():  # one rank downloads
-                kind(root, train, download=True)
+                try:
+                    found = official()
+                except RuntimeError:
+                    found = official(download=True)
             distributed.agree(0)
-            official = kind(root, train)
+            if not distributed.is_main():
+                found = official()
         except (OSError, RuntimeError) as error:
             sys.exit(f'error: no {name} in {root}, and it cannot be downloaded: {error}')
-        self.classes, self.images, self.targets = official.classes, official.data, official.targets
+        self.classes, self.pixels, self.targets = found.classes, found.data, found.targets
         self.name = f'{name} {"train" if train else "test"} image {{}}'.format
 
     def __len__(self):
-        return len(self.images)
+        return len(self.pixels)
 
     def load(self, index):
-        return Image.fromarray(self.images[index]), self.targets[index]
+        return Image.fromarray(self.pixels[index]), self.targets[index]
 
 
 class Dummy:
@@ -165,9 +170,15 @@ class Dummy:
     def __len__(self):
         return len(self.targets)
 
+    def noise(self, index) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        return np.stack([self.noise(index) for index in range(len(self))])
+
     def load(self, index):
-        noise = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), np.uint8)
-        return Image.fromarray(noise), self.targets[index]
+        return Image.fromarray(self.noise(index)), self.targets[index]
 
 
 def load_or_next(source, index: int) -> tuple:
