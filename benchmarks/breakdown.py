@@ -10,6 +10,7 @@ of a large product. Both counts are of the step without --compile: fused kernels
 """
 import argparse
 import json
+import sys
 from bisect import bisect
 from collections import defaultdict
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from utils.optim import make_optimizer
+from utils.run import git_revision
 from utils.setup import precision
 
 from .harness import Settings, copy_rate, flop_counter, matmul_rate, timed
@@ -151,7 +153,6 @@ def main(arguments=None):
     settings, device = Settings(torch.device(args.device)), torch.device(args.device)
     on_cuda = device.type == 'cuda'
     torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.benchmark = True  # as the scripts have it
     sizes = sizes_for(settings, {'teacher': args.teacher, 'student': args.student, 'size': args.size}
                       | ({'batch': args.batch} if args.batch else {}))
     how, steps = {'channels_last': True, 'amp': args.amp, 'fold': True}, 20 if on_cuda else 3
@@ -160,6 +161,7 @@ def main(arguments=None):
 
     counts = counted(*our_task(settings, sizes, **how))
     made = our_task(settings, sizes, **how, compile=args.compile)
+    torch.backends.cudnn.benchmark = True  # as the scripts have it; to search takes long, so not for what went before
     spent, kernels = profiled(*made, steps)
     step, _ = timed(training_step(*made), device, steps)
 
@@ -171,7 +173,8 @@ def main(arguments=None):
                      'GFLOP': flops / 1e9, 'ms by bytes': by_bytes, 'ms by FLOP': by_flops,
                      'over bound': ms / max(by_bytes, by_flops)})
     dearest = sorted(kernels.items(), key=lambda kernel: -kernel[1]['ms'])[:10]
-    record = {'device': device_name(settings), 'versions': versions(), **sizes, **how, 'compile': args.compile,
+    record = {'command': sys.argv, 'git': git_revision(), 'device': device_name(settings), 'versions': versions(),
+              **sizes, **how, 'compile': args.compile,
               'copy, GB/s': bytes_per_ms / 1e6, f'product in {kind}, TFLOP/s': flops_per_ms / 1e9,
               'a step, ms': step, 'its parts, ms': total, 'images/s': 1e3 * sizes['batch'] / step}
     print(*(f'{key}: {value:.4g}' if isinstance(value, float) else f'{key}: {value}' for key, value in record.items()),
