@@ -228,7 +228,7 @@ def test_predictions_are_each_image_once(monkeypatch):
 def test_balance_is_of_the_gradients_of_the_whole_update():
     generator = torch.Generator().manual_seed(0)
     layer, meter = torch.nn.Linear(3, 2), Meter({})
-    look = Closely(layer, 1, torch.device('cpu'), type('Args', (), {'amp': 'off', 'compile': False}))
+    look = Closely(layer, 1, torch.device('cpu'), argparse.Namespace(amp='off', compile=False, cuda_graph=False))
     batches = [torch.randn(4, 3, generator=generator) for _ in range(2)]
     look.begin(1)
     for x in batches:
