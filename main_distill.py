@@ -156,6 +156,8 @@ def worker(args, device):
         cache = together.shared(('cache', teacher), lambda: TeacherCache(
             distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(), train, prepare, device, args))
         distillation.stand_in, prepare_mixed = cache, cache.prepare
+        if device.type == 'cuda':  # quicker than the launching of its kernels: let it have several batches at once
+            train.loader.ahead = cache.look
         distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
     for distiller in distillers.values():

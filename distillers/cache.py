@@ -32,8 +32,10 @@ from utils.views import STATISTICS
 from .base import probe
 
 HEADER, DTYPE = 4096, torch.float16
-ROWS_AT_ONCE, IMAGES_AT_ONCE = 2**13, 512
-MULTIPLE = 16  # of a batch to fill in: few sizes to search the fastest kernels for, none small enough for its own
+ROWS_AT_ONCE = 2**13
+# Images that the teacher looks at are a multiple of the first number: few sizes to search the fastest kernels for, none
+# small enough for its own. They are no more than the second: its maps stay in a CPU's cache.
+AT_ONCE = {'cpu': (16, 64), 'cuda': (128, 512)}
 SAVE_EVERY = 60  # seconds of filling in
 
 
@@ -137,12 +139,8 @@ class TeacherCache:
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch on the device, of which every view is known."""
-        ready = self.prepare_images(batch)
-        rows = batch.index.numpy() * VIEWS + batch.view.numpy()
-        unknown = self.unknown(rows)
-        if len(unknown):
-            self.learn(torch.from_numpy(rows)[unknown], ready.images, unknown)
-        return ready._replace(view=batch.view.to(self.device, non_blocking=True))
+        self.look(batch)
+        return self.prepare_images(batch)._replace(view=batch.view.to(self.device, non_blocking=True))
 
     def unknown(self, rows=slice(None)) -> torch.Tensor:
         """Which of them. By numpy, as every update asks: in a quarter of torch's time."""
@@ -150,26 +148,31 @@ class TeacherCache:
         return torch.from_numpy(np.flatnonzero(~known))
 
     @torch.no_grad()
-    def learn(self, rows: torch.Tensor, images: torch.Tensor, places: torch.Tensor):
-        """Let the teacher look at the images at some places of a batch."""
-        n = len(places)
-        places = places[torch.arange(-(-n // MULTIPLE) * MULTIPLE) % n]
-        with torch.autocast(self.device.type, enabled=False):
-            shown = self.teacher(images[places.to(self.device, non_blocking=True)], features=True)
-        for field, table in self.tables.items():
-            table.put(rows, getattr(shown, field)[:n])
+    def look(self, batch: Batch):
+        """Let the teacher look at what is not known of a batch that comes from a loader."""
+        rows = torch.from_numpy(batch.index.numpy() * VIEWS + batch.view.numpy())
+        multiple, most = AT_ONCE[self.device.type]
+        for places in self.unknown(rows.numpy()).split(most):
+            if not (n := len(places)):  # of nothing, split gives one part
+                break
+            asked = places[torch.arange(-(-n // multiple) * multiple) % n]
+            fields = (x[asked.to(x.device, non_blocking=True)] for x in batch[:3])
+            with torch.autocast(self.device.type, enabled=False):
+                shown = self.teacher(self.prepare_images(Batch(*fields, None)).images, features=True)
+            for field, table in self.tables.items():
+                table.put(rows[places], getattr(shown, field)[:n])
 
     def fill(self) -> bool:
         """Let the teacher look at all that is not known, each rank for itself; False where a signal asks to stop."""
         resident, began, saved = self.train.resident(self.device), time.monotonic(), time.monotonic()
-        unknown = self.unknown()
-        for number, rows in enumerate(unknown.split(IMAGES_AT_ONCE), 1):
+        unknown, (_, at_once) = self.unknown(), AT_ONCE[self.device.type]
+        for number, rows in enumerate(unknown.split(at_once), 1):
             if signals.caught():
                 break
-            index, view = (x.to(self.device) for x in (rows // VIEWS, rows % VIEWS))
-            ready = self.prepare_images(Batch(resident.views(index, view), index, index, None))
-            self.learn(rows, ready.images, torch.arange(len(rows)))
-            done = min(number * IMAGES_AT_ONCE, len(unknown))
+            index, view = rows // VIEWS, rows % VIEWS
+            there = index.to(self.device)
+            self.look(Batch(resident.views(there, view.to(self.device)), there, index, None, view=view))
+            done = min(number * at_once, len(unknown))
             if time.monotonic() - saved > SAVE_EVERY or done == len(unknown):
                 self.save()
                 saved = time.monotonic()

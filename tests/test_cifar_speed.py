@@ -1,4 +1,5 @@
 """CIFAR on the device and the cache of the teacher: the same batches, the same results."""
+import argparse
 import copy
 import json
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from distillers.cache import HEADER, Table, TeacherCache
 from models import Features
 from utils import data, engine, signals
 from utils.args import base_parser, check
-from utils.data import Images, ResidentLoader, TrainData, load_data, make_loader
+from utils.data import Images, Prepare, ResidentLoader, TrainData, load_data, make_loader
 from utils.guard import Guard
 from utils.optim import make_optimizer
 from utils.order import EvalOrder, TrainOrder
@@ -192,10 +193,30 @@ def test_resume_with_a_cache_is_exact_and_off_is_another_run(distill, tmp_path):
     assert_same(rest.weights(), whole.weights())
 
 
-def test_a_signal_while_filling_in_leaves_what_there_is(distill, tmp_path, monkeypatch):
-    monkeypatch.setattr('distillers.cache.IMAGES_AT_ONCE', 64)
+def test_the_teacher_looks_at_several_batches_at_once():
+    """As on a GPU."""
+    args, source = arguments(), Dummy(70, 10, 32)
+    asked, logits = [], []
+    for ahead in (False, True):
+        order = TrainOrder(70, 4, 1, 0, 0, 1)
+        train = TrainData(ResidentLoader(Images(source, ShiftView(args, 1, 70)), order, Resident(source, CPU)))
+        teacher, _ = zoo.make('same')
+        cache = TeacherCache(teacher.eval(), 'teacher', {'logits'}, train, Prepare(args, CPU), CPU,
+                             argparse.Namespace(cache_dir=None, dataset='cifar10'))
+        if ahead:
+            train.loader.ahead = cache.look
+        asked.append([])
+        teacher.register_forward_pre_hook(lambda _, inputs: asked[-1].append(len(inputs[0])))
+        logits.append([cache(cache.prepare(batch)).logits for _, batches in train.updates(0, 0) for batch in batches])
+    assert asked == [[16] * 18, [64, 16]]  # sixteen batches of four images, then the rest
+    for alone, together in zip(*logits, strict=True):
+        torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-3)  # in float16
+        assert together.abs().min() > 0
+
+
+def test_a_signal_while_filling_in_leaves_what_there_is(distill, tmp_path):
     flags = [*KD, '--output', tmp_path / 'run', '--cache-teacher', 'full', '--cache-dir', tmp_path / 'tables']
-    with signal_at_second_call(TeacherCache, 'learn'):
+    with signal_at_second_call(TeacherCache, 'look'):
         assert distill(*flags).code == signals.EXIT_INTERRUPTED
     rest = distill(*flags)
     assert rest.code == 0 and ' 128 of 810 views known' in rest.out and '682 views filled in' in rest.out

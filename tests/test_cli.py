@@ -66,6 +66,7 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     (['/data', '--amp', 'fp8'], "invalid choice: 'fp8'"),
     (['/data', '--sync-bn', 'yes'], "'yes' is not 0 or 1"),
     (['/data', '--nesterov', '--optimizer', 'adamw'], '--nesterov needs --optimizer sgd'),
+    (['/data', '--ema', '1'], '--ema 1 is an average that never'),
     (['/data', '--overwrite', '--resume', 'x'], 'choose one'),
     (['/data', '--teacher-resume', 'x'], 'main_distill.py trains with a teacher'),
     (['/data', '--learning-rat0', '1'], 'unrecognized arguments'),

@@ -208,6 +208,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--optimizer dot keeps two gradients apart, which --amp fp16 and --clip-grad do not: leave them')
     if args.optimizer == 'dot' and args.compile not in (False, 'default'):
         parser.error(f'--optimizer dot goes back through a graph twice, --compile {args.compile} (CUDA graphs) once')
+    if args.ema == 1:
+        parser.error('--ema 1 is an average that never takes in new weights: give less, such as 0.999')
     if args.cuda_graph:
         check_graph(parser, args)
     if args.inspect and args.evaluate:

@@ -24,7 +24,7 @@ from .resident import Resident
 from .sources import Shards, load_or_next, load_source, manifest
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
-EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
+EVALUATED = {'cpu': 64, 'cuda': 512}  # images at once, of those on the device: their maps stay in a CPU's cache
 TOGETHER = 16  # of their batches are cropped at once: it is one and the same kernels that have to be launched
 
 
@@ -92,6 +92,7 @@ class ResidentLoader:
 
     def __init__(self, images: Images, order: TrainOrder | EvalOrder, resident: Resident):
         self.dataset, self.batch_sampler, self.resident = images, order, resident
+        self.ahead = lambda batch: None  # called with several batches in one, before they come
 
     def __iter__(self):
         device, batches = self.resident.targets.device, iter(self.batch_sampler)
@@ -102,9 +103,11 @@ class ResidentLoader:
                 index, view = index.pin_memory(), view.pin_memory()
             there = index.to(device, non_blocking=True)
             images = self.resident.views(there, view.to(device, non_blocking=True))
-            fields = images, self.resident.targets[there], index, torch.full_like(index, -1), view
-            for *batch, view in zip(*(x.split([*map(len, some)]) for x in fields)):
-                yield Batch(*batch, view=view)
+            group = Batch(images, self.resident.targets[there], index, torch.full_like(index, -1), view=view)
+            self.ahead(group)
+            parts = [x.split([*map(len, some)]) for x in (*group[:4], group.view)]
+            for images, target, index, bad, view in zip(*parts):
+                yield Batch(images, target, index, bad, view=view)
 
 
 class CropLoader(ResidentLoader):
@@ -251,7 +254,7 @@ def load_data(args, seed: int, device: torch.device):
         held = together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
         return [ResidentLoader(Images(source, view), order, held) for view, order in views_and_orders]
 
-    at_once = max(share, EVALUATED) if resident and not folder else share
+    at_once = EVALUATED[device.type] if resident and not folder else share
     evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), at_once, rank, world)))
     if train:
         view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
