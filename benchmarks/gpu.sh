@@ -42,7 +42,7 @@ profile() {  # NAME SECONDS FLAGS...
 }
 
 nvidia-smi > "$out/nvidia-smi.log" 2>&1
-# Whether it is right comes before how fast it is. The processes share the memory: 10 GB.
+# Whether it is right comes before how fast it is. Four processes share the memory.
 part test_cuda 180 "$python" -m pytest -o addopts= -q --tb=short --at-once -n 4 tests/test_cuda.py
 bench cifar-kd 120
 profile profile-bf16 90 --amp bf16

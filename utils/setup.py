@@ -1,5 +1,6 @@
 """Switches of the whole process, and a network's way to its device."""
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def configure(args, device: torch.device):
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
         torch._dynamo.config.recompile_limit = 32
+        warnings.filterwarnings('ignore', 'TensorFloat32 tensor cores')  # losses and the matching stay exact
         torch._functorch.config.donated_buffer = args.optimizer != 'dot'  # which takes gradients twice
     if args.deterministic:
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
