@@ -9,13 +9,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
-from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 from torch import Tensor, nn
 
 from utils import distributed
 
 from .base import Distiller, positive, probe
+
+try:
+    from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
+    from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
+except ImportError:  # which nothing else needs
+    SimpleLinearSumAssignment = SimpleMinCostFlow = None
 
 BATCHED_FROM = 400  # pixels of a map from which on one product per image is faster than one for the batch
 RESOLUTION = 10**8  # the solver wants integers: this many steps from the smallest cost to the largest
@@ -46,6 +50,8 @@ class MGD(Distiller):
                  remainder: Literal['assign', 'cut'] = 'assign', norm: Literal['bn', 'gn'] = 'bn'):
         super().__init__()
         positive(update_freq=update_freq)
+        if SimpleMinCostFlow is None:
+            raise ValueError('it matches channels by OR-Tools, which is not installed: pip install ortools')
         if not loss_factor >= 0:
             raise ValueError(f'loss_factor is {loss_factor}, but has to be at least 0')
         self.reduce, self.update_freq = REDUCERS[reducer], update_freq

@@ -359,6 +359,13 @@ def test_shallow_stages_without_a_partner_are_ignored():
     assert mgd.pair(sizes[0], sizes[1][3:]) == [(3, 0)]
 
 
+def test_without_or_tools_it_is_said_before_the_first_epoch(distill, monkeypatch):
+    for solver in ('SimpleMinCostFlow', 'SimpleLinearSumAssignment'):
+        monkeypatch.setattr(mgd, solver, None)
+    run = distill('--dummy', '--dummy-images', 4, '--teacher-arch', 'resnet8', '--distiller', 'mgd')
+    assert run.code == 1 and run.err.splitlines()[-1].endswith('which is not installed: pip install ortools')
+
+
 def test_a_wider_student_is_refused():
     with pytest.raises(ValueError, match='student has 5 channels where the teacher has 4'):
         MGD(trained(2, 5), trained(4, 4))
