@@ -156,7 +156,7 @@ class TeacherCache:
             if not (n := len(places)):  # of nothing, split gives one part
                 break
             asked = places[torch.arange(-(-n // multiple) * multiple) % n]
-            fields = (x[asked.to(x.device, non_blocking=True)] for x in batch[:3])
+            fields = (x.to(self.device, non_blocking=True)[asked.to(self.device)] for x in batch[:3])
             with torch.autocast(self.device.type, enabled=False):
                 shown = self.teacher(self.prepare_images(Batch(*fields, None)).images, features=True)
             for field, table in self.tables.items():

@@ -18,7 +18,7 @@ from .base import Distiller, positive, probe
 try:
     from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
     from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
-except ImportError:  # which nothing else needs
+except ModuleNotFoundError:  # which nothing else needs
     SimpleLinearSumAssignment = SimpleMinCostFlow = None
 
 BATCHED_FROM = 400  # pixels of a map from which on one product per image is faster than one for the batch
@@ -275,7 +275,7 @@ def select(f: Tensor, channels: Tensor) -> Tensor:
 class PartialL2(torch.autograd.Function):
     """sum (s - t)^2 [s > t or t > 0]: where the teacher is silent, the student need not imitate but be silent too.
 
-    By hand, as autograd would keep two maps, not one, until the backward pass.
+    By hand, as autograd would keep two maps, not one, until the backward pass. It has no second derivative.
     """
 
     @staticmethod

@@ -184,8 +184,8 @@ def test_slow_steps_of_a_gpu_are_fewer(monkeypatch):
     variants = {name: Variant(lambda name=name: {'name': name}) for name in ('quick', 'usual', 'slow')}
     rows = [Row(name, 'usual', None) for name in ('quick', 'slow')]
     measure(Case(variants, rows), CPU._replace(device=torch.device('cuda')), rounds=2)
-    # the first results, the choice of kernels, a look at the time, two rounds
-    assert asked == {'quick': [1, 1, 1, 40, 40], 'usual': [1, 1, 1, 10, 10], 'slow': [1, 1, 1, 1, 1]}
+    # the first results, the choice of kernels, a look at the time, a warm-up, two rounds
+    assert asked == {'quick': [1, 1, 1, 40, 40, 40], 'usual': [1, 1, 1, 10, 10, 10], 'slow': [1, 1, 1, 1, 1, 1]}
 
 
 def test_a_host_s_clock_times_one_step_whatever_the_device():

@@ -136,8 +136,8 @@ def test_an_update_as_a_graph_is_the_update(distill, teacher, tmp_path, name):
         assert recorded['train']['loss'] == pytest.approx(eager['train']['loss'], rel=1e-3)
 
 
-@pytest.mark.parametrize('flags', ['kd', 'kd --cuda-graph', 'crd --crd-negatives 32', 'reviewkd', 'expkd',
-                                   'mgd kd --pair-images 32'])
+@pytest.mark.parametrize('flags', ['kd', 'kd --cuda-graph', 'kd --cache-teacher full', 'crd --crd-negatives 32',
+                                   'reviewkd', 'expkd', 'mgd kd --pair-images 32'])
 def test_an_interrupted_run_goes_on_to_the_bit(distill, teacher, tmp_path, flags):
     def run(output):
         return distill(*DISTIL, *flags.split(), *teacher, *EXACT, '--output', tmp_path / output, quick=False)

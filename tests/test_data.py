@@ -151,16 +151,24 @@ def test_cifar_crop_is_the_table_row(padding):
 
 
 def test_official_cifar_files(tmp_path, monkeypatch):
-    folder = tmp_path / 'cifar-100-python'
-    folder.mkdir()
-    for name, n in (('train', 20), ('test', 10)):
-        pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8)
-        content = {'data': pixels, 'fine_labels': [i % 100 for i in range(n)]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / 'meta').write_bytes(pickle.dumps({'fine_label_names': [f'class {i:02}' for i in range(100)]}))
-    monkeypatch.setattr(datasets.CIFAR100, '_check_integrity', lambda self: True)
+    folder, calls = tmp_path / 'cifar-100-python', []
+
+    def download(self):
+        calls.append('download')
+        folder.mkdir()
+        for name, n in (('train', 20), ('test', 10)):
+            pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), np.uint8)
+            content = {'data': pixels, 'fine_labels': [i % 100 for i in range(n)]}
+            (folder / name).write_bytes(pickle.dumps(content))
+        (folder / 'meta').write_bytes(pickle.dumps({'fine_label_names': [f'class {i:02}' for i in range(100)]}))
+
+    monkeypatch.setattr(datasets.CIFAR100, 'download', download)
+    monkeypatch.setattr(datasets.CIFAR100, '_check_integrity', lambda self: calls.append('check') or folder.exists())
     monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda *a: True)
+    Cifar('cifar100', str(tmp_path), train=True)
+    assert calls == ['check', 'download', 'check']
     source = Cifar('cifar100', str(tmp_path), train=True)
+    assert calls[3:] == ['check']
     image, target = source.load(7)
     expected = np.random.default_rng(20).integers(0, 256, (20, 3072), np.uint8)[7].reshape(3, 32, 32)
     assert np.array_equal(np.asarray(image).transpose(2, 0, 1), expected) and target == 7

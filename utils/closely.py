@@ -28,7 +28,7 @@ def timed(name: str):
 class Closely:
     def __init__(self, student, updates: int, device: torch.device, args):
         self.parameters = [p for p in student.parameters() if p.requires_grad]
-        # A recorded update cannot be looked at: it takes several times as long, as it is.
+        # An update that is looked at is not a recorded one, and takes several times as long.
         self.every, self.device = updates if args.cuda_graph else min(max(updates // LOOKS, APART), updates), device
         self.on = False  # for the update under way
         self.one_backward = args.compile or args.amp == 'fp16'  # graphs are used up by it; gradients are scaled

@@ -24,7 +24,7 @@ from .resident import Resident
 from .sources import Shards, load_or_next, load_source, manifest
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
-EVALUATED = {'cpu': 64, 'cuda': 512}  # images at once, of those on the device: their maps stay in a CPU's cache
+EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
 TOGETHER = 16  # of their batches are cropped at once: it is one and the same kernels that have to be launched
 
 
@@ -254,7 +254,7 @@ def load_data(args, seed: int, device: torch.device):
         held = together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
         return [ResidentLoader(Images(source, view), order, held) for view, order in views_and_orders]
 
-    at_once = EVALUATED[device.type] if resident and not folder else share
+    at_once = max(share, EVALUATED) if resident and not folder else share
     evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), at_once, rank, world)))
     if train:
         view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))

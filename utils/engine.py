@@ -127,7 +127,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
         guesses = []
         for i, network in enumerate(networks.values()):
             with precision(device, args.amp):
-                logits = network(batch.images)
+                logits = torch.cat([network(images) for images in parts(batch.images)])
             counts[i] += hits(logits, batch.target)
             losses[i] += F.cross_entropy(logits.double(), batch.target, reduction='sum')
             guesses.append(logits.argmax(1))
@@ -149,3 +149,14 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
     return scores | ({'agreement': 100 * agree / seen} if len(networks) > 1 else {}) | {
         'seconds': time.monotonic() - began,
         'predictions': {'classes': source.classes, 'target': source.targets, **dict(zip(networks, told.cpu().numpy()))}}
+
+
+def parts(images: torch.Tensor):
+    """What a network looks at without gradient: on a CPU as many images at once as have maps that stay in its cache.
+
+    At 64 images of 224 pixels, or 512 of 32, a pass takes up to two and a half times as long for each.
+    """
+    if images.is_cuda:
+        return [images]
+    few = max(8, 2**16 // images[0, 0].numel())
+    return images.split(few * max(torch.get_num_threads() // 2, 1))
