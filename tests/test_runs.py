@@ -11,7 +11,7 @@ from conftest import assert_close, assert_same, signal_in_update, write_images
 
 import main_base
 from models import create_model
-from utils import distributed, signals
+from utils import distributed, engine, signals
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
@@ -100,8 +100,8 @@ def test_a_run_that_goes_on_in_a_new_folder_has_the_best_weights_there(base, ima
     assert (tmp_path / 'd' / 'best.pth').exists()
 
 
-def test_evaluation_counts_are_exact(base, images, tmp_path):
-    """Against a slow loop, for batch sizes that divide and that do not."""
+def test_evaluation_counts_are_exact(base, images, monkeypatch, tmp_path):
+    """Against a slow loop, for batch sizes that divide and that do not, at once and in parts."""
     torch.manual_seed(1)
     network = create_model('resnet8', 3).eval()
     torch.save(network.state_dict(), tmp_path / 'w.pth')
@@ -113,10 +113,17 @@ def test_evaluation_counts_are_exact(base, images, tmp_path):
         with torch.no_grad():
             logits = network(prepare(sample.images / 255)[None])
         right += int(logits.argmax()) == sample.target
-    for batch in (1, 4, 15, 64):
+    for batch in (1, 4, 15, 64, 15):
         run = base(images, '-e', '--student-resume', tmp_path / 'w.pth', '-b', batch, '--output', tmp_path / 'e')
+        if batch == 64:
+            monkeypatch.setattr(engine, 'parts', lambda images: images.split(4))
         score = run.json('evaluate.json')['scores']['student']
         assert (score['correct1'], score['correct5'], score['n']) == (right, 15, 15)  # top-5 of 3 classes
+
+
+def test_a_cpu_looks_at_few_large_images_or_more_small_ones():
+    for size, at_once in (224, [8, 8, 4]), (64, [16, 4]), (32, [20]):
+        assert [len(x) for x in engine.parts(torch.zeros(20, 3, size, size))] == at_once  # one thread
 
 
 def test_teacher_and_student_in_one_pass(base, images, tmp_path):
