@@ -107,18 +107,20 @@ def test_evaluation_counts_are_exact(base, images, monkeypatch, tmp_path):
     torch.save(network.state_dict(), tmp_path / 'w.pth')
     dataset, prepare = Images(Folder(images / 'valid', by_pil=True), CenterView(32)), torchvision.transforms.Normalize(
         (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    right = 0
+    right, loss = 0, 0.0
     for i in range(len(dataset)):
         sample = dataset[(0, i)]
         with torch.no_grad():
             logits = network(prepare(sample.images / 255)[None])
         right += int(logits.argmax()) == sample.target
+        loss -= logits.double().log_softmax(1)[0, sample.target].item() / len(dataset)
     for batch in (1, 4, 15, 64, 15):
         run = base(images, '-e', '--student-resume', tmp_path / 'w.pth', '-b', batch, '--output', tmp_path / 'e')
         if batch == 64:
             monkeypatch.setattr(engine, 'parts', lambda images: images.split(4))
         score = run.json('evaluate.json')['scores']['student']
         assert (score['correct1'], score['correct5'], score['n']) == (right, 15, 15)  # top-5 of 3 classes
+        assert score['loss'] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_cpu_looks_at_few_large_images_or_more_small_ones():
