@@ -156,7 +156,7 @@ def worker(args, device):
         cache = together.shared(('cache', teacher), lambda: TeacherCache(
             distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(), train, prepare, device, args))
         distillation.stand_in, prepare_mixed = cache, cache.prepare
-        if device.type == 'cuda':  # quicker than the launching of its kernels: let it have several batches at once
+        if device.type == 'cuda':  # it is done before its kernels are launched: let it have several batches at once
             train.loader.ahead = cache.look
         distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
