@@ -125,7 +125,13 @@ class TeacherCache:
                 key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
                 path = Path(args.cache_dir) / f'{identity.split()[0]}-{field}-{key}.table'
             self.tables[field] = Table(rows, width, device, path, about)
+        self.filled = torch.cuda.Event() if device.type == 'cuda' else None
         distributed.at_end.callback(self.save)
+
+    def wait(self):
+        """What was brought in by runs side by side, each on its stream, is there for what comes now."""
+        if self.filled:
+            torch.cuda.current_stream(self.device).wait_event(self.filled)
 
     def __str__(self):
         size, views = sum(table.values.nbytes for table in self.tables.values()) / 1e9, len(self.train.images) * VIEWS
@@ -150,6 +156,7 @@ class TeacherCache:
     @torch.no_grad()
     def look(self, batch: Batch):
         """Let the teacher look at what is not known of a batch that comes from a loader."""
+        self.wait()
         rows = torch.from_numpy(batch.index.numpy() * VIEWS + batch.view.numpy())
         multiple, most = AT_ONCE[self.device.type]
         for places in self.unknown(rows.numpy()).split(most):
@@ -161,6 +168,8 @@ class TeacherCache:
                 shown = self.teacher(self.prepare_images(Batch(*fields, None)).images, features=True)
             for field, table in self.tables.items():
                 table.put(rows[places], getattr(shown, field)[:n])
+            if self.filled:
+                self.filled.record()
 
     def fill(self) -> bool:
         """Let the teacher look at all that is not known, each rank for itself; False where a signal asks to stop."""
@@ -182,5 +191,6 @@ class TeacherCache:
         return not stop
 
     def save(self):
+        self.wait()
         for table in self.tables.values():
             table.save()

@@ -228,7 +228,16 @@ def test_flags_win_and_a_check_needs_no_teacher(asked):
     assert (args.epochs, args.kd_weight, args.batch_size) == (1, 2, 8)
 
 
+def test_seeds_with_a_comma_are_trained_side_by_side(asked):
+    calls, _ = asked('cifar100_same.sh', 'kd', 'resnet56-resnet20', '0,1 2')
+    assert [(args.seeds, args.seed, args.output) for _, args in calls] == [
+        ([0, 1], None, '/runs/cifar100/kd-resnet56-resnet20'), (None, 2, '/runs/cifar100/kd-resnet56-resnet20-2')]
+    calls, _ = asked('cifar100_teachers.sh', 'resnet56', '3,0', '--cuda-graph')
+    assert [(args.seeds, args.output) for _, args in calls] == [([3, 0], '/runs/cifar100/base-resnet56')]
+
+
 @pytest.mark.parametrize('words, extra, says', [
+    (['cifar100_same.sh', 'ab', 'resnet56-resnet20', '0,1'], {}, 'ab: one seed at a time'),
     (['cifar100_same.sh'], {}, 'usage: DATA'), (['srd_dist.sh', '--lr', '1'], {}, 'usage: DATA'),
     (['cifar100_same.sh', 'kd', 'resnet56'], {}, 'usage: DATA'),
     (['cifar100_teachers.sh'], {'DATA': ''}, 'cifar100_teachers.sh: DATA is not set')], ids=str)

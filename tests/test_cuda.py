@@ -149,13 +149,15 @@ def test_an_interrupted_run_goes_on_to_the_bit(distill, teacher, tmp_path, flags
     assert_same(whole.weights(), rest.weights())
 
 
-def test_seeds_side_by_side_are_those_alone(distill, teacher, tmp_path):
-    run = distill(*[word for word in DISTIL if word not in ('--seed', 3)], 'kd', *teacher, *EXACT, '--seeds', 3, 4,
-                  '--output', tmp_path / 'run', quick=False)
+@pytest.mark.parametrize('flags', ['kd', 'kd --cache-teacher full --cuda-graph', 'crd --crd-negatives 32 --cuda-graph'])
+def test_seeds_side_by_side_are_those_alone(distill, teacher, tmp_path, flags):
+    """Each has a stream; what draws in a graph finds its own seed all the same."""
+    run = distill(*[word for word in DISTIL if word not in ('--seed', 3)], *flags.split(), *teacher, *EXACT,
+                  '--dummy-images', 720, '--seeds', 3, 4, '--output', tmp_path / 'run', quick=False)
     assert run.code == 0, run.out + run.err
     for seed in (3, 4):
-        alone = distill(*DISTIL, 'kd', *teacher, *EXACT, '--seed', seed, '--output', tmp_path / f'alone-{seed}',
-                        quick=False)
+        alone = distill(*DISTIL, *flags.split(), *teacher, *EXACT, '--dummy-images', 720, '--seed', seed,
+                        '--output', tmp_path / f'alone-{seed}', quick=False)
         assert_same(torch.load(tmp_path / f'run-{seed}' / 'last.pth', weights_only=True), alone.weights())
 
 
@@ -225,8 +227,8 @@ def loss_on_cpu(once, teacher, tmp_path_factory):
 
 
 FLAGS = ['', '--fast', '--amp bf16 --teacher-amp off', '--amp fp16', '--channels-last', '--fold-teacher',
-         '--cuda-graph', '--cuda-graph --teacher-stream --fast', '--data-backend loader', '--cache-teacher lazy',
-         '--accum-steps 2 -b 8']
+         '--cuda-graph', '--cuda-graph --amp fp16', '--cuda-graph --teacher-stream --fast', '--data-backend loader',
+         '--cache-teacher lazy', '--accum-steps 2 -b 8']
 COMPILED = ['--compile', '--compile reduce-overhead', '--cuda-graph --cache-teacher lazy --compile',
             '--cache-teacher full --compile reduce-overhead --amp bf16']
 

@@ -11,7 +11,7 @@ from conftest import assert_close, assert_same, signal_in_update, write_images
 
 import main_base
 from models import create_model
-from utils import distributed, engine, signals
+from utils import checkpoint, distributed, engine, signals
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
@@ -416,3 +416,33 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(base, images, t
     names = {path.name for path in (tmp_path / 'runs').iterdir()}
     first = f'base-{images.name}-resnet8-20261120-120000'
     assert names == {first, f'{first}-2'}
+
+
+def test_quick_epochs_share_their_files(base, images, tmp_path, monkeypatch):
+    """Those of the first and of the last are written; after a crash or a signal in between it ends as if it had not."""
+    def crash(*key, seed=engine.seed_everything):
+        seed(*key)
+        if key[2:4] == (3, 0):
+            raise RuntimeError('a crash')
+    flags = [images, '--arch', 'resnet8', '--epochs', 5, '--output']
+    saved, genuine = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', lambda path, it: (saved.append(it['progress']['epoch']), genuine(path, it)))
+    whole = base(*flags, tmp_path / 'whole')
+    assert saved == [1, 5]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='a crash'):
+        patch.setattr(engine, 'seed_everything', crash)
+        base(*flags, tmp_path / 'run')
+    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 3
+    with signal_in_update(13):  # of the 20 that are left after the first epoch, in the third of its four
+        stopped = base(*flags, tmp_path / 'run')
+    assert stopped.code == signals.EXIT_INTERRUPTED and 'epoch 1, sample 0' in stopped.out and saved[-1] == 3
+    log, best = stopped.log(), stopped.json()['best']['epoch']
+    assert [record['epoch'] for record in log] == [0, 1, 2] and stopped.json()['last']['epoch'] == 2
+    for name, epoch in ('last.pth', 2), ('best.pth', best):
+        score = base(images, '-e', '--arch', 'resnet8', '--student-resume', tmp_path / 'run' / name).out
+        assert f'({log[epoch]["valid"]["correct1"]}/15)' in score
+    rest = base(*flags, tmp_path / 'run')
+    assert rest.code == 0 and 'resumed from' in rest.out
+    for name in ('last.pth', 'best.pth'):
+        assert_same(rest.weights(name), whole.weights(name))
+    assert [record['valid'] for record in rest.log()] == [record['valid'] for record in whole.log()]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 WARM_UP = 3  # calls before: kernels are chosen in them, and all is allocated that will stay
 
+_drawn = None  # event of a GPU: the last graph is over of those that draw
+
 
 class Recorded:
     """Calls of a function from a batch to tensors, the first few as they are, the others as a graph.
@@ -37,11 +39,26 @@ class Recorded:
 
 def record(function: Callable) -> tuple[Callable, list[Tensor]]:
     """What does again what the function has the device do, and where its results will be; nothing is done yet."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # loaders pin memory in other threads
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():  # which cannot be recorded
+        stream = None
+    try:  # libraries have memory for each stream, which runs side by side must not share; loaders pin in other threads
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             results = function()
     except RuntimeError as error:
         sys.exit(f'error: --cuda-graph: not all of an update can be recorded ({str(error).splitlines()[0]}); leave it '
                  'out')
-    return graph.replay, results
+    return lambda: replay(graph), results
+
+
+def replay(graph):
+    """Graphs read the seed of what they draw in one place of the process: those that draw come one after the other."""
+    global _drawn
+    stream = torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[stream.device.index]
+    before = generator.get_offset()
+    if _drawn:
+        stream.wait_event(_drawn)
+    graph.replay()
+    if generator.get_offset() != before:
+        _drawn = stream.record_event()

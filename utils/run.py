@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from .meters import percentages
 from .optim import learning_rate, total_epochs
 
 
+APART = 10  # seconds: files of shorter epochs are written that often, and at the end. A crash costs no more, a signal none
+
+
 class Run:
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -33,6 +37,7 @@ class Run:
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
         self.parts, self.facts, self.began, self.writer = {}, {}, time.monotonic(), None
+        self.unwritten, self.written = {}, float('-inf')  # files by name, of the last and the best epoch; when they were
 
     def _open(self):
         """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
@@ -151,6 +156,12 @@ class Run:
         distributed.from_main(self._save)
 
     def _save(self):
+        """In an order that a crash cannot spoil: what epochs have left, then the point to go on from."""
+        if self.unwritten:
+            for name, content in self.unwritten.items():
+                checkpoint.write(self.folder / name, as_npz(content) if name.endswith('.npz') else content)
+            checkpoint.write(self.folder / 'result.json', as_json(self._result()))
+            self.unwritten, self.written = {}, time.monotonic()
         checkpoint.save(self.folder / 'checkpoint.pth', {
             'format': checkpoint.FORMAT, **{name: part.state_dict() for name, part in self.parts.items()},
             'progress': self.progress | {'seconds': self.seconds()}, 'seed': self.seed,
@@ -162,7 +173,7 @@ class Run:
         return self.parts['ema'].module if 'ema' in self.parts else self.parts['model']
 
     def end_epoch(self, scores: dict | None):
-        """Write down a finished epoch: weights, log, result, checkpoint, in an order that a crash cannot spoil."""
+        """Write down a finished epoch, or keep it until there is more to write."""
         progress = self.progress
         if scores is None or 'unreadable' in scores:  # the epoch's training is done, its evaluation is not
             self.save()
@@ -181,14 +192,12 @@ class Run:
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
         weights = on_host(self.shipped())
-        for name in ['last.pth'] + ['best.pth'] * best:
-            checkpoint.write(self.folder / name, weights)
-        checkpoint.write(self.folder / 'predictions.npz', as_npz(predictions))
+        self.unwritten |= {'last.pth': weights, 'predictions.npz': predictions} | ({'best.pth': weights} if best else {})
         if 'teacher' in self.parts:  # it learns, too
-            checkpoint.write(self.folder / 'teacher.pth', on_host(self.parts['teacher']))
+            self.unwritten['teacher.pth'] = on_host(self.parts['teacher'])
         checkpoint.append(self.folder / 'log.jsonl', json.dumps(record) + '\n')
-        checkpoint.write(self.folder / 'result.json', as_json(self._result()))
-        self._save()
+        if time.monotonic() - self.written >= APART or self.progress['epoch'] >= total_epochs(self.args):
+            self._save()
         train, valid = record['train'], record['valid']
         print(f'Epoch {record["epoch"]}: train loss {train["loss"]:.4f} top1 {train["top1"]:.2f}; valid loss '
               f'{valid["loss"]:.4f} top1 {valid["top1"]:.2f} top5 {valid["top5"]:.2f} ({valid["n"]} images)'
@@ -254,7 +263,8 @@ class Run:
         distributed.from_main(lambda: checkpoint.write(self.folder / name, as_json(content)))
 
     def interrupt(self):
-        """After a save: leave the marker that tells a scheduler to start the same command again."""
+        """Leave all that is done, and the marker that tells a scheduler to start the same command again."""
+        distributed.from_main(lambda: self.unwritten and self._save())
         self.note('interrupted', {'signal': signals.caught(), 'epoch': self.progress['epoch'],
                                   'sample': self.progress['sample']})
         if distributed.is_main():
@@ -275,8 +285,9 @@ def differing(before: dict, args) -> str:
                      for k in sorted(now.keys() | before.keys()) if k not in NEUTRAL and now.get(k) != before.get(k))
 
 
+@cache
 def git_revision() -> str | None:
-    """The commit this code is at, with a + where it was changed since."""
+    """The commit that this process began at, with a + where the code was changed since."""
     def git(*command):
         return subprocess.run(['git', '-C', str(Path(__file__).parent), *command], capture_output=True, text=True)
     try:
@@ -288,8 +299,8 @@ def git_revision() -> str | None:
 
 
 def on_host(network) -> dict:
-    """As any machine loads them."""
-    return {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
+    """A copy that stays as it is, and that any machine loads."""
+    return {k: v.to('cpu', copy=True).contiguous() for k, v in network.state_dict().items()}
 
 
 def as_npz(arrays: dict) -> bytes:

@@ -3,8 +3,9 @@
 A run is a thread that goes through the whole script as if it were alone. One works at a time; the others wait where
 the loops of engine.py hand over. There a run needs nothing of what a process has only once: each update seeds the
 generators anew, an evaluation draws nothing, and what runs share is in the state that all expect. So they give the
-bits that they give alone. They compute in one stream of the device: what one brings into a cache is there for the
-next (and in a cache that is filled lazily comes of another batch than alone, which rounds the same on a CPU).
+bits that they give alone (but in a cache that is filled lazily, what one run brings in for the next comes of another
+batch than alone, which rounds the same on a CPU). On a GPU each has a stream of its own: what they were launched for
+works at the same time, as the kernels of one small network leave most of the device idle.
 """
 import argparse
 import io
@@ -38,6 +39,8 @@ def shared(key, make):
         return make()
     if key not in _things:
         _things[key] = make()
+        if torch.cuda.is_initialized():  # for the others' streams it has to be there
+            torch.cuda.synchronize()
     return _things[key]
 
 
@@ -45,12 +48,13 @@ def train(worker, args, device):
     """Call worker for each of --seeds. One that fails leaves the others alone, and its exit code for the end."""
     codes = {}
 
-    def run(seed, turn):
+    def run(seed, turn, stream):
         turn.acquire()
         try:
-            if device.type == 'cuda':
-                torch.cuda.set_device(device)  # each thread has a current one
-            worker(alone(args, seed, device), device)
+            if stream:  # each thread has a current device, and a current stream
+                torch.cuda.set_device(device)
+            with torch.cuda.stream(stream):
+                worker(alone(args, seed, device), device)
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr, flush=True)
@@ -64,7 +68,9 @@ def train(worker, args, device):
                 _turns[0].release()
 
     _turns.extend(threading.Semaphore(0) for _ in args.seeds)
-    threads = [threading.Thread(target=run, args=work, name=f'seed {work[0]}') for work in zip(args.seeds, _turns)]
+    streams = [torch.cuda.Stream(device) if device.type == 'cuda' else None for _ in args.seeds]
+    threads = [threading.Thread(target=run, args=work, name=f'seed {work[0]}')
+               for work in zip(args.seeds, _turns, streams)]
     with redirect_stdout(Labelled(sys.stdout)), redirect_stderr(Labelled(sys.stderr)):
         for thread in threads:
             thread.start()
