@@ -23,7 +23,7 @@ from distillers.lean import lean_teacher
 from distillers.networks import add_stage_flags, build_student, build_teacher, identity
 from utils import checkpoint, distributed, setup, together
 from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
-from utils.data import Prepare, contents, load_data
+from utils.data import Prepare, ResidentLoader, contents, load_data
 from utils.engine import evaluate, train_one_epoch
 from utils.learner import Learner
 from utils.optim import make_ema, make_optimizer, total_epochs
@@ -156,8 +156,9 @@ def worker(args, device):
         cache = together.shared(('cache', teacher), lambda: TeacherCache(
             distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(), train, prepare, device, args))
         distillation.stand_in, prepare_mixed = cache, cache.prepare
-        if device.type == 'cuda':  # it is done before its kernels are launched: let it have several batches at once
-            train.loader.ahead = cache.look
+        if device.type == 'cuda' and isinstance(train.loader, ResidentLoader):
+            # It is done before its kernels are launched: let it have several batches at once, and know them before.
+            train.loader.ahead, prepare_mixed = cache.look, prepare
         distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
     for distiller in distillers.values():

@@ -59,14 +59,15 @@ def our_step(settings: Settings, sizes: dict, amp='off', cached=False, graph=Fal
         prepare = task.stand_in.prepare
     else:
         task.stand_in = LeanTeacher(task, teacher, settings.device, args)
+    batch = prepare(batch)  # as it comes from a loader, normalised with others and seen by the teacher
     if not graph:
-        return training_step(task, batch, args, prepare)
+        return training_step(task, batch, args)
     task.stream = None if cached else torch.cuda.Stream()
     scaler = torch.amp.GradScaler(enabled=False)
     learner = Learner(task.train(), make_optimizer(task, args), scaler, settings.device, args)
 
     def run():
-        values, _ = learner.graph(prepare(batch))
+        values, _ = learner.graph(batch)
         return {'loss': values[learner.names.index('loss')]}
     return run
 
@@ -84,7 +85,7 @@ def peer_steps(settings: Settings, sizes: dict) -> dict:
 
 
 def cifar_kd(settings: Settings, **sizes) -> Case:
-    """Of the cached, the first round, which does not count, lets the teacher fill in what the others look up."""
+    """All are given the same prepared batch."""
     sizes = SIZES | sizes
     args = options(False, 'off')
     student, teacher, _, batch = ingredients(settings, args, **sizes)

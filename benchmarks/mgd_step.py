@@ -74,14 +74,13 @@ def arguments(channels_last=False, amp='off', fold=False, compile=False) -> Simp
                            nesterov=False, weight_decay=1e-4, gpu=0)
 
 
-def training_step(task: Distillation, batch: Batch, args, prepare=lambda batch: batch):
+def training_step(task: Distillation, batch: Batch, args):
     """As utils/engine.py does it."""
     optimizer = make_optimizer(task, args)
 
     def run():
-        ready = prepare(batch)
         with precision(batch.images.device, args.amp):
-            _, losses = task(ready)
+            _, losses = task(batch)
         total = sum(losses.values())
         total.backward()
         optimizer.step()

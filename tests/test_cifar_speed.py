@@ -91,6 +91,25 @@ def test_evaluation_and_sample_batches_are_the_same(rank, world):
     assert_equal_batches(*(list(TrainData(*loaders).sample(2, 13)) for loaders in zip(training, plain)))
 
 
+@pytest.mark.parametrize('flags', [[], ['--channels-last', '--mixup', 1, '--cutmix', 1]], ids=['plain', 'mixed'])
+def test_batches_are_normalised_as_alone(flags, monkeypatch):
+    """The device's, many at once; what is mixed is mixed batch by batch."""
+    monkeypatch.setattr(data, 'TOGETHER', 8)
+    found = []
+    for backend in ('device', 'loader'):
+        args = arguments('--dummy-images', '21', '-b', '4', '--data-backend', backend, *map(str, flags))
+        train, valid, classes = load_data(args, 5, CPU)
+        mixed, plain, batches = Prepare(args, CPU, mix_classes=len(classes)), Prepare(args, CPU), []
+        for number, (_, (batch,)) in enumerate(train.updates(1, 0)):
+            torch.manual_seed(number)
+            batches.append(mixed(batch))
+        assert all(batch.images.is_contiguous(memory_format=plain.format) for batch in batches[:5])
+        batches += map(plain, [*train.sample(0, 9), *valid])
+        found.append([torch.cat([batch.images for batch in batches]),
+                      torch.cat([batch.target.flatten() for batch in batches])])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and found[0][0].dtype == torch.float32
+
+
 def test_samples_come_in_the_runs_batches_and_another_order_each_turn():
     """Whoever brings them: FT trains on them. An evaluation on the device is in larger ones."""
     for backend in ('device', 'loader'):
@@ -193,8 +212,9 @@ def test_resume_with_a_cache_is_exact_and_off_is_another_run(distill, tmp_path):
     assert_same(rest.weights(), whole.weights())
 
 
-def test_the_teacher_looks_at_several_batches_at_once():
+def test_the_teacher_looks_at_several_batches_at_once(monkeypatch):
     """As on a GPU."""
+    monkeypatch.setattr(data, 'TOGETHER', 64)
     args, source = arguments(), Dummy(70, 10, 32)
     asked, logits = [], []
     for ahead in (False, True):

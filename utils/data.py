@@ -1,7 +1,8 @@
 """Batches, and the loaders that bring them.
 
-A loader yields Batch: images are uint8 until Prepare has them on the device. Samples are asked for by (epoch, index),
-so the augmentation is a function of (seed, epoch, index) whichever process does it, or the device itself.
+A loader yields Batch: images are uint8 until Prepare has them on the device, which a ResidentLoader has do it for many
+at once. Samples are asked for by (epoch, index), so the augmentation is a function of (seed, epoch, index) whichever
+process does it, or the device itself.
 """
 import hashlib
 import sys
@@ -25,11 +26,11 @@ from .sources import Shards, load_or_next, load_source, manifest
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
-TOGETHER = 16  # of their batches are cropped at once: it is one and the same kernels that have to be launched
+TOGETHER = 1024  # of them are cropped and normalised at once: for one as for all the same kernels have to be launched
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor   # [N, 3, H, W], uint8 from the loader, normalised floats from Prepare
+    images: torch.Tensor   # [N, 3, H, W], uint8 before Prepare, normalised floats after
     target: torch.Tensor   # [N] class numbers, or [N, K] shares of the classes where images were mixed
     index: torch.Tensor    # [N] numbers of the samples in their data set
     bad: torch.Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
@@ -74,6 +75,14 @@ class Prepare:
         self.mix = v2.RandomChoice(mixers) if mixers and mix_classes else None
 
     def __call__(self, batch: Batch) -> Batch:
+        if not batch.images.is_floating_point():
+            batch = self.normalised(batch)
+        if not self.mix:
+            return batch
+        images, target = self.mix(batch.images, batch.target)
+        return batch._replace(images=images, target=target)
+
+    def normalised(self, batch: Batch) -> Batch:
         with torch.cuda.stream(self.copying):  # while the device still works on the batch before
             images, target, index = there = [x.to(self.device, non_blocking=True) for x in batch[:3]]
         if self.copying:
@@ -82,29 +91,28 @@ class Prepare:
             for x in there:
                 x.record_stream(now)
         images = images.to(memory_format=self.format).float().div_(255).sub_(self.mean).div_(self.std)
-        if self.mix:
-            images, target = self.mix(images, target)
         return batch._replace(images=images, target=target, index=index)
 
 
 class ResidentLoader:
-    """Yields what a DataLoader would, images and targets on the device already, without having to wait for it."""
+    """Yields what a DataLoader would, prepared and on the device already, without having to wait for it."""
 
-    def __init__(self, images: Images, order: TrainOrder | EvalOrder, resident: Resident):
-        self.dataset, self.batch_sampler, self.resident = images, order, resident
+    def __init__(self, images: Images, order: TrainOrder | EvalOrder, resident: Resident, prepare=lambda batch: batch):
+        self.dataset, self.batch_sampler, self.resident, self.prepare = images, order, resident, prepare
         self.ahead = lambda batch: None  # called with several batches in one, before they come
 
     def __iter__(self):
         device, batches = self.resident.targets.device, iter(self.batch_sampler)
-        while some := list(islice(batches, TOGETHER)):
+        while some := list(islice(batches, max(TOGETHER // self.batch_sampler.batch, 1))):
             index = torch.tensor([number for keys in some for _, number in keys])
             view = torch.as_tensor(self.dataset.view.number(some[0][0][0], index)).expand(len(index)).contiguous()
             if device.type == 'cuda':
                 index, view = index.pin_memory(), view.pin_memory()
-            there = index.to(device, non_blocking=True)
-            images = self.resident.views(there, view.to(device, non_blocking=True))
-            group = Batch(images, self.resident.targets[there], index, torch.full_like(index, -1), view=view)
+            there, number = (x.to(device, non_blocking=True) for x in (index, view))
+            group = Batch(self.resident.views(there, number), self.resident.targets[there], index,
+                          torch.full_like(index, -1), view=view)
             self.ahead(group)
+            group = self.prepare(group._replace(index=there, view=number))
             parts = [x.split([*map(len, some)]) for x in (*group[:4], group.view)]
             for images, target, index, bad, view in zip(*parts):
                 yield Batch(images, target, index, bad, view=view)
@@ -252,7 +260,8 @@ def load_data(args, seed: int, device: torch.device):
             (view, order), (_, sample) = views_and_orders
             return CropLoader(Images(source, view), order, held), make_loader(Images(source, plain), sample, args)
         held = together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
-        return [ResidentLoader(Images(source, view), order, held) for view, order in views_and_orders]
+        return [ResidentLoader(Images(source, view), order, held, Prepare(args, device))
+                for view, order in views_and_orders]
 
     at_once = max(share, EVALUATED) if resident and not folder else share
     evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), at_once, rank, world)))

@@ -185,7 +185,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 def agree(*numbers: int) -> list[int]:
     """The sums over ranks of some host-side numbers, the same on every rank."""
-    return total(torch.tensor(numbers, dtype=torch.int64)).tolist()
+    return total(torch.tensor(numbers, dtype=torch.int64)).tolist() if world() > 1 else [*numbers]
 
 
 def gather_rows(rows: torch.Tensor, counts: bool = True) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Recorded:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.function(batch)
-        tensors = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor)}
+        tensors = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor) and name != 'bad'}  # host's
         if self.batch is None:
             self.batch = batch._replace(**{name: x.clone() for name, x in tensors.items()})
             self.replay, self.results = record(lambda: self.function(self.batch))
@@ -40,25 +40,24 @@ class Recorded:
 def record(function: Callable) -> tuple[Callable, list[Tensor]]:
     """What does again what the function has the device do, and where its results will be; nothing is done yet."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    if stream == torch.cuda.default_stream():  # which cannot be recorded
-        stream = None
-    try:  # libraries have memory for each stream, which runs side by side must not share; loaders pin in other threads
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+    generator = torch.cuda.default_generators[stream.device.index]
+    # The default stream cannot be recorded. Another one is of a run beside others, whose libraries must not share the
+    # memory that they have for each stream. Loaders pin memory in other threads.
+    recorded = stream if stream != torch.cuda.default_stream() else None
+    try:
+        with torch.cuda.graph(graph, stream=recorded, capture_error_mode='thread_local'):
             results = function()
     except RuntimeError as error:
         sys.exit(f'error: --cuda-graph: not all of an update can be recorded ({str(error).splitlines()[0]}); leave it '
                  'out')
-    return lambda: replay(graph), results
 
-
-def replay(graph):
-    """Graphs read the seed of what they draw in one place of the process: those that draw come one after the other."""
-    global _drawn
-    stream = torch.cuda.current_stream()
-    generator = torch.cuda.default_generators[stream.device.index]
-    before = generator.get_offset()
-    if _drawn:
-        stream.wait_event(_drawn)
-    graph.replay()
-    if generator.get_offset() != before:
-        _drawn = stream.record_event()
+    def replay():
+        """All graphs read the seed of what they draw in one place: those that draw come one after the other."""
+        global _drawn
+        before = generator.get_offset()
+        if _drawn:
+            stream.wait_event(_drawn)
+        graph.replay()
+        if generator.get_offset() != before:
+            _drawn = stream.record_event()
+    return replay, results

@@ -41,5 +41,5 @@ def seed_everything(*key):
     seed = derive(*key)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # and not just available, which takes ten times as long to find out
         torch.cuda.manual_seed_all(seed)

@@ -26,8 +26,7 @@ from .args import NEUTRAL
 from .meters import percentages
 from .optim import learning_rate, total_epochs
 
-
-APART = 10  # seconds: files of shorter epochs are written that often, and at the end. A crash costs no more, a signal none
+APART = 10  # seconds: epochs that are shorter share their files. A crash costs no more than that, a signal nothing
 
 
 class Run:
@@ -37,7 +36,7 @@ class Run:
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
         self.parts, self.facts, self.began, self.writer = {}, {}, time.monotonic(), None
-        self.unwritten, self.written = {}, float('-inf')  # files by name, of the last and the best epoch; when they were
+        self.unwritten, self.written = {}, float('-inf')  # files of the last and the best epoch by name; when they were
 
     def _open(self):
         """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
@@ -159,7 +158,7 @@ class Run:
         """In an order that a crash cannot spoil: what epochs have left, then the point to go on from."""
         if self.unwritten:
             for name, content in self.unwritten.items():
-                checkpoint.write(self.folder / name, as_npz(content) if name.endswith('.npz') else content)
+                checkpoint.write(self.folder / name, (as_npz if name.endswith('.npz') else on_host)(content))
             checkpoint.write(self.folder / 'result.json', as_json(self._result()))
             self.unwritten, self.written = {}, time.monotonic()
         checkpoint.save(self.folder / 'checkpoint.pth', {
@@ -191,10 +190,11 @@ class Run:
         distributed.from_main(lambda: self._write_epoch(record, best, predictions))
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
-        weights = on_host(self.shipped())
-        self.unwritten |= {'last.pth': weights, 'predictions.npz': predictions} | ({'best.pth': weights} if best else {})
+        weights = copied(self.shipped())
+        self.unwritten |= dict.fromkeys(['last.pth'] + ['best.pth'] * best, weights)
+        self.unwritten['predictions.npz'] = predictions
         if 'teacher' in self.parts:  # it learns, too
-            self.unwritten['teacher.pth'] = on_host(self.parts['teacher'])
+            self.unwritten['teacher.pth'] = copied(self.parts['teacher'])
         checkpoint.append(self.folder / 'log.jsonl', json.dumps(record) + '\n')
         if time.monotonic() - self.written >= APART or self.progress['epoch'] >= total_epochs(self.args):
             self._save()
@@ -298,9 +298,14 @@ def git_revision() -> str | None:
         return None
 
 
-def on_host(network) -> dict:
-    """A copy that stays as it is, and that any machine loads."""
-    return {k: v.to('cpu', copy=True).contiguous() for k, v in network.state_dict().items()}
+def copied(network) -> dict:
+    """Weights that stay as they are while the network trains on."""
+    return {k: v.clone() for k, v in network.state_dict().items()}
+
+
+def on_host(weights: dict) -> dict:
+    """As any machine loads them."""
+    return {k: v.cpu().contiguous() for k, v in weights.items()}
 
 
 def as_npz(arrays: dict) -> bytes:
