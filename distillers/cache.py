@@ -52,7 +52,8 @@ class Table:
     def put(self, rows: torch.Tensor, values: torch.Tensor):
         self.values[rows.to(self.values.device, non_blocking=True)] = values.to(DTYPE)
         self.known[rows] = True
-        self.fresh.append(rows)
+        if self.path:
+            self.fresh.append(rows)
 
     def load(self):
         with self.opened() as (marks, values):
@@ -65,7 +66,7 @@ class Table:
 
     def save(self):
         """Bring into the file what is known here and not there; what float16 cannot hold stays out."""
-        if not self.path or not self.fresh:
+        if not self.fresh:
             return
         rows, self.fresh = torch.cat(self.fresh).sort().values, []
         with self.opened() as (marks, values):
@@ -163,7 +164,8 @@ class TeacherCache:
             if not (n := len(places)):  # of nothing, split gives one part
                 break
             asked = places[torch.arange(-(-n // multiple) * multiple) % n]
-            fields = (x.to(self.device, non_blocking=True)[asked.to(self.device)] for x in batch[:3])
+            there = asked.to(self.device, non_blocking=True)  # without waiting for all that the device has yet to do
+            fields = (x.to(self.device, non_blocking=True)[there] for x in batch[:3])
             with torch.autocast(self.device.type, enabled=False):
                 shown = self.teacher(self.prepare_images(Batch(*fields, None)).images, features=True)
             for field, table in self.tables.items():
@@ -179,8 +181,8 @@ class TeacherCache:
             if signals.caught():
                 break
             index, view = rows // VIEWS, rows % VIEWS
-            there = index.to(self.device)
-            self.look(Batch(resident.views(there, view.to(self.device)), there, index, None, view=view))
+            there = [x.to(self.device, non_blocking=True) for x in (index, view)]
+            self.look(Batch(resident.views(*there), there[0], index, None, view=view))
             done = min(number * at_once, len(unknown))
             if time.monotonic() - saved > SAVE_EVERY or done == len(unknown):
                 self.save()

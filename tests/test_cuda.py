@@ -13,12 +13,13 @@ import zoo
 from conftest import ROOT, assert_same, environment, signal_in_update, torchrun_command
 
 from distillers import DISTILLERS, Distillation
+from distillers.cache import TeacherCache
 from distillers.lean import LeanTeacher
 from models import create_model
-from utils import signals
+from utils import data, signals
 from utils.args import base_parser
 from utils.crops import ResidentImages
-from utils.data import CropLoader, Images, Prepare, ResidentLoader
+from utils.data import CropLoader, Images, Prepare, ResidentLoader, TrainData
 from utils.learner import Learner
 from utils.meters import Meter
 from utils.optim import make_ema, make_optimizer
@@ -106,9 +107,11 @@ def test_an_update_waits_for_nothing(name):
     assert meter.read(watch_norms=True) is None
 
 
-@pytest.mark.parametrize('kind', [ResidentLoader, CropLoader])
-def test_batches_on_the_device_wait_for_nothing(kind):
+@pytest.mark.parametrize('kind', [ResidentLoader, TeacherCache, CropLoader])
+def test_batches_on_the_device_wait_for_nothing(kind, monkeypatch):
+    monkeypatch.setattr(data, 'TOGETHER', 8)
     source, args = Dummy(40, 3, 32), base_parser('').parse_args(['--dummy', '--image-size', '32'])
+    prepare = Prepare(args, GPU)
     if kind is CropLoader:
         view, held = CropView(args, 1), ResidentImages(source, GPU, 1)
     else:
@@ -116,7 +119,13 @@ def test_batches_on_the_device_wait_for_nothing(kind):
         view, held = ShiftView(args, 1, 40), Resident(source, GPU)
     order = TrainOrder(40, 8, 1, 1, 0, 1)
     order.at(0, 0)
-    batches, prepare = iter(kind(Images(source, view), order, held)), Prepare(args, GPU)
+    loader = (CropLoader if kind is CropLoader else ResidentLoader)(Images(source, view), order, held, prepare)
+    if kind is TeacherCache:  # all that it looks at is new
+        teacher, _ = zoo.make('same')
+        args.cache_dir = None
+        loader.ahead = TeacherCache(teacher.to(GPU).eval(), 'teacher', {'logits'}, TrainData(loader), prepare, GPU,
+                                    args).look
+    batches = iter(loader)
     try:
         for mode in ('default', 'error', 'error'):
             torch.cuda.set_sync_debug_mode(mode)
@@ -227,8 +236,8 @@ def loss_on_cpu(once, teacher, tmp_path_factory):
 
 
 FLAGS = ['', '--fast', '--amp bf16 --teacher-amp off', '--amp fp16', '--channels-last', '--fold-teacher',
-         '--cuda-graph', '--cuda-graph --amp fp16', '--cuda-graph --teacher-stream --fast', '--data-backend loader',
-         '--cache-teacher lazy', '--accum-steps 2 -b 8']
+         '--cuda-graph', '--cuda-graph --teacher-stream --fast', '--data-backend loader', '--cache-teacher lazy',
+         '--accum-steps 2 -b 8']
 COMPILED = ['--compile', '--compile reduce-overhead', '--cuda-graph --cache-teacher lazy --compile',
             '--cache-teacher full --compile reduce-overhead --amp bf16']
 

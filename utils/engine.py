@@ -37,12 +37,12 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
     display = Display(f'Epoch {epoch}', -(-order.length // size),
                       (total_epochs(args) - epoch) * order.length - progress['sample'])
     look = Closely(run.parts['model'], display.updates, device, args)
-    bad_images, arrived = 0, time.monotonic()
+    bad_images, rate, arrived = 0, None, time.monotonic()
 
     for end, batches in data.updates(epoch, progress['sample']):
         display.waited += time.monotonic() - arrived
-        rate = learning_rate(epoch + progress['sample'] / order.length, args)
-        set_learning_rate(learner.optimizer, rate)
+        if (due := learning_rate(epoch + progress['sample'] / order.length, args)) != rate:
+            set_learning_rate(learner.optimizer, rate := due)
         together.hand_over()
         begin_update(args)
         seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())

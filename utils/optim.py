@@ -49,11 +49,10 @@ def learning_rate(epoch: float, args) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float):
     for group in optimizer.param_groups:
-        if not isinstance(group['lr'], torch.Tensor):
-            group['lr'] = rate
-        elif getattr(group['lr'], 'holds', None) != rate:  # a graph reads it (learner.py)
+        if isinstance(group['lr'], torch.Tensor):  # a graph reads it (learner.py)
             group['lr'].fill_(rate)
-            group['lr'].holds = rate
+        else:
+            group['lr'] = rate
 
 
 class Average(torch.optim.swa_utils.AveragedModel):

@@ -79,6 +79,11 @@ def shifts(seed: int, epoch: int, length: int) -> torch.Tensor:
     return torch.cat([torch.randint(9, (length, 2), generator=draw), torch.randint(2, (length, 1), generator=draw)], 1)
 
 
+@lru_cache(maxsize=16)
+def view_numbers(seed: int, epoch: int, length: int) -> torch.Tensor:
+    return view_number(shifts(seed, epoch, length))
+
+
 class ShiftView:
     """The CIFAR recipe: a crop out of the image padded by 4, flip."""
 
@@ -98,7 +103,7 @@ class ShiftView:
             return self.extras(image)
 
     def number(self, epoch, index):
-        return view_number(shifts(self.seed, epoch, self.length)[index]) if self.numbered else -1
+        return view_numbers(self.seed, epoch, self.length)[index] if self.numbered else -1
 
 
 class PlainView:
