@@ -9,7 +9,6 @@ cifar100.sh names it. published.json has what is published, with the labels that
 """
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -136,7 +135,7 @@ def show(table, sources, runs):
     print(f'### {table["title"]}\n')
     print('\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n')
     origins = sorted({source for _, _, source, _ in table['rows'] if source})
-    folders = sorted({os.path.relpath(run['path'].parent) for run in runs if belongs(run, table)})
+    folders = sorted({str(run['path'].parent).removeprefix(f'{HERE.parent}/') for run in runs if belongs(run, table)})
     notes = [*table['notes'], *(f'{source}: {sources[source]["from"]}.' for source in origins),
              *(f'Logs: `{folder}/METHOD-TEACHER-STUDENT-SEED`, without a teacher `base-NETWORK-SEED`.'
                for folder in folders)]

@@ -99,14 +99,12 @@ def look(networks, classes, loader, prepare, device, with_cams, args) -> Seen:
     targets = torch.tensor(loader.dataset.source.targets)
     placed, shown = some_of_some_classes(targets), spread(len(targets), args.images)
     logits, pooled, cams = ([[] for _ in networks] for _ in range(3))
-    images = []
     for batch in loader:
         if signals.caught():
             sys.exit(signals.EXIT_INTERRUPTED)
         if (batch.bad >= 0).any():
             sys.exit(f'error: {loader.dataset.complaint(int(batch.bad.max()))}')
         to_place, to_show = (torch.isin(batch.index.cpu(), torch.tensor(numbers)) for numbers in (placed, shown))
-        images.append(batch.images[to_show].cpu())
         ready, guess = prepare(batch).images, None
         for i, network in enumerate(networks.values()):
             with precision(device, args.amp):
@@ -117,7 +115,8 @@ def look(networks, classes, loader, prepare, device, with_cams, args) -> Seen:
             if with_cams:
                 cams[i].append(cam(network.classifier.weight, features.head[to_show], guess[to_show]).cpu())
     logits, pooled, cams = ([torch.cat(parts) for parts in kind if parts] for kind in (logits, pooled, cams))
-    return Seen(list(networks), classes, targets, logits, placed, pooled, torch.cat(images), shown, cams)
+    images = torch.stack([loader.dataset[0, number].images for number in shown])
+    return Seen(list(networks), classes, targets, logits, placed, pooled, images, shown, cams)
 
 
 def some_of_some_classes(targets) -> list[int]:

@@ -1,9 +1,13 @@
 """--cuda-graph: what is recorded, and when. What stands in for a graph here calls the recorded function again."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import assert_same, signal_in_update
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import closely, cost, graph, setup, signals
+import main_distill
+from utils import closely, cost, engine, graph, setup, signals
 
 TINY = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 27, '-b', 4, '--epochs', 3, '--lr', 0.02, '--seed', 3,
         '-j', 0, '--no-tensorboard', '--skip-first-evaluation', '--arch', 'resnet8', '--teacher-arch', 'resnet8']
@@ -66,6 +70,34 @@ def test_an_interrupted_run_goes_on(distill, replays, tmp_path):
     rest = run('parts', '--cuda-graph')
     assert (part.code, rest.code) == (signals.EXIT_INTERRUPTED, 0), rest.err
     assert_same(whole.weights(), rest.weights())
+
+
+class Counted(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_little_is_asked_of_the_device_besides_the_graph(distill, replays, monkeypatch, tmp_path):
+    """A copy of each thing that goes in and comes out, and what is done for many batches at once: each takes as long as
+    a small network's kernel."""
+    counted, genuine = Counted(), engine.train_one_epoch
+
+    def record(function):
+        results = function()
+        return (lambda: None), results
+
+    def train_one_epoch(learner, data, prepare, ema, run, *rest):
+        with counted if run.progress['epoch'] else nullcontext():
+            genuine(learner, data, prepare, ema, run, *rest)
+    monkeypatch.setattr(graph, 'record', record)
+    monkeypatch.setattr(main_distill, 'train_one_epoch', train_one_epoch)
+    monkeypatch.setattr(closely.Closely, 'begin', lambda self, update: None)
+    run = distill(*TINY, '--dummy-images', 1024, '-b', 4, '--epochs', 2, '--distiller', 'kd', '--cuda-graph', '-p', 64,
+                  '--output', tmp_path, quick=False)
+    assert run.code == 0 and 6 <= counted.operations / 256 < 8, run.err
 
 
 @pytest.mark.parametrize('flags', [['--accum-steps', 2], ['--optimizer', 'adamw'], ['--amp', 'fp16'], ['--no-accel'],
