@@ -1,6 +1,7 @@
 """What there is to measure: name -> function from Settings to a Case, one line each."""
 from .cifar_data import cifar_data
 from .cifar_kd import cifar_kd
+from .cifar_run import cifar_run
 from .features import mv2_features
 from .loader import loader
 from .memory import memory
@@ -20,6 +21,7 @@ CASES = {
     'methods': methods,
     'scaling': scaling,
     'cifar-kd': cifar_kd,
+    'cifar-run': cifar_run,
     'cifar-data': cifar_data,
     'loader': loader,
     'throughput': throughput,

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks import CASES, breakdown, harness
 from benchmarks.breakdown import Counter
 from benchmarks.cifar_data import cifar_data
 from benchmarks.cifar_kd import cifar_kd
+from benchmarks.cifar_run import cifar_run
 from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, flop_counter, measure, timed
 from benchmarks.loader import decoding, write_folder
 from benchmarks.memory import held, peak
@@ -246,11 +248,16 @@ def test_a_step_is_taken_apart(tmp_path, capsys, monkeypatch):
     assert len(record['kernels']) == 10 and 'student, backward' in capsys.readouterr().out
 
 
-def test_the_real_script_is_fed_and_its_log_read(monkeypatch, tmp_path):
-    def in_this_process(command, **_):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Scripts that a case starts."""
+    def run(command, **_):
         monkeypatch.setattr(sys, 'argv', [*map(str, command[1:])])
         runpy.run_path(str(command[1]), run_name='__main__')
-    monkeypatch.setattr('subprocess.run', in_this_process)
+    monkeypatch.setattr('subprocess.run', run)
+
+
+def test_the_real_script_is_fed_and_its_log_read(monkeypatch, in_this_process):
     monkeypatch.setattr('os.cpu_count', lambda: 1)
     first, other = 'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0'
     small = throughput(CPU, teacher='resnet18', students=(first, other), size=32, batch=4, images=4, names=3, fewer=2)
@@ -259,6 +266,24 @@ def test_the_real_script_is_fed_and_its_log_read(monkeypatch, tmp_path):
         seconds = (outcome.baseline[0] - outcome.ours[0]) / 1e3
         assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
     assert small.facts.keys() == {f'{first}, wait', f'{first} raw, wait', f'{other}, wait'}
+
+
+def test_240_epochs_are_told_by_a_few(in_this_process):
+    alone, each = measure(cifar_run(CPU, images=6), CPU, rounds=1)
+    assert alone.baseline == each.baseline == [90] and min(alone.ours[0], each.ours[0]) > 0
+
+
+def test_seeds_side_by_side_share_the_seconds(monkeypatch):
+    """The first two epochs do not count, of the others the one in the middle does."""
+    def run(command, **_):
+        for seed in command[command.index('--seeds') + 1:command.index('--output')]:
+            folder = Path(f'{command[command.index("--output") + 1]}-{seed}')
+            folder.mkdir()
+            (folder / 'log.jsonl').write_text(''.join(f'{{"seconds": {end}}}\n' for end in (50, 90, 92, 95, 99)))
+    monkeypatch.setattr('subprocess.run', run)
+    outcomes = measure(cifar_run(CPU), CPU, rounds=1)
+    assert [outcome.ours for outcome in outcomes] == [[240 * 3], [240 * 3 / 3]]
+    assert [outcome.ratios[0] for outcome in outcomes] == pytest.approx([8, 8 / 3])
 
 
 def test_decoders_read_the_same_jpegs(tmp_path, monkeypatch):
