@@ -26,7 +26,8 @@ class Learner:
         """Add the gradient of a batch to those before; what the meter counts of it, on the device."""
         with precision(self.device, self.args.amp), timed('forward'):
             logits, losses = self.task(batch)
-        loss = self.guard.loss(batch.weight * sum(losses.values()))
+        total = sum(losses.values())
+        loss = self.guard.loss(batch.weight * total)
         if isinstance(self.optimizer, DOT):
             self.optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if k.startswith('ce') == labels)
                                    for labels in (True, False)))
@@ -35,7 +36,7 @@ class Learner:
         with timed('backward'):
             self.scaler.scale(loss).backward()
         self.names = ['top1', 'top5', 'loss', *(f'loss/{name}' for name in losses)]
-        values = [*hits(logits.detach(), batch.target), sum(losses.values()), *losses.values()]
+        values = [*hits(logits.detach(), batch.target), total, *losses.values()]
         return torch.stack([value.detach().float() for value in values])
 
     def step(self) -> Tensor:
