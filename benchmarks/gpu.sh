@@ -45,9 +45,9 @@ nvidia-smi > "$out/nvidia-smi.log" 2>&1
 # Whether it is right comes before how fast it is. Four processes share the memory.
 part test_cuda 180 "$python" -m pytest -o addopts= -q --tb=short --at-once -n 4 tests/test_cuda.py
 bench cifar-kd 120
-bench cifar-run 200  # most of it is compiling, and filling the teacher's table
 profile profile-bf16 90 --amp bf16
 bench mgd-step 180
+bench cifar-run 200  # most of it is compiling, and filling the teacher's table
 bench throughput 300  # five runs of the script
 bench mgd-overhead 150
 bench memory 120
