@@ -1,8 +1,8 @@
-"""How long main_distill.py takes for CIFAR-100's 240 epochs of KD, told by a few of them: training, evaluation, files.
+"""How long main_distill.py takes for CIFAR-100's 240 epochs of KD, told by a few of them: training and evaluation.
 
 Alone, and for each of several seeds side by side. All views are in the teacher's table before: whichever network has
-filled it makes no difference, so a small one does. Its filling, and what comes before the first epoch, are not in it.
-On a CPU there is only a handful of images, and nothing is judged.
+filled it makes no difference, so a small one does. Its filling, what comes before the first epoch, and the files that
+are written every ten seconds are not in it. On a CPU there is only a handful of images, and nothing is judged.
 """
 import json
 import subprocess

@@ -150,8 +150,10 @@ class Distillation(nn.Module):
     def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]] | None:
         """Let the distillers prepare for an epoch, counted from 1; batches() iterates over what forward gets.
 
-        Returns what they report; None where a signal asks to stop, and they have not seen all: nothing is to be kept.
+        Returns what they report; None where a signal asks to stop, and they have not seen all: they are as before.
         """
+        before = {name: copy.deepcopy(distiller.state_dict()) for name, distiller in self.distillers.items()
+                  if type(distiller).start_epoch is not Distiller.start_epoch}
         for name, distiller in self.distillers.items():
             problem = None
             try:
@@ -159,6 +161,8 @@ class Distillation(nn.Module):
             except ValueError as error:  # features to which a method has no answer
                 problem = f'{name}: {error}'
             if any(distributed.agree(signals.caught())):
+                for prepared, state in before.items():
+                    self.distillers[prepared].load_state_dict(state)
                 return None
             if problem:
                 distributed.stop(problem)

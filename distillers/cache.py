@@ -158,7 +158,7 @@ class TeacherCache:
     def look(self, batch: Batch):
         """Let the teacher look at what is not known of a batch that comes from a loader."""
         self.wait()
-        rows = torch.from_numpy(batch.index.numpy() * VIEWS + batch.view.numpy())
+        rows = (batch.index * VIEWS + batch.view).cpu()  # where they are already, unless somebody asks too late
         multiple, most = AT_ONCE[self.device.type]
         for places in self.unknown(rows.numpy()).split(most):
             if not (n := len(places)):  # of nothing, split gives one part

@@ -170,6 +170,13 @@ def test_seeds_side_by_side_are_those_alone(distill, teacher, tmp_path, flags):
         assert_same(torch.load(tmp_path / f'run-{seed}' / 'last.pth', weights_only=True), alone.weights())
 
 
+def test_a_look_at_a_run_with_a_cache(distill, teacher, tmp_path):
+    """Which asks for views that the teacher was not shown together."""
+    run = distill(*DISTIL, 'kd', *teacher, '--gpu', 0, '--cache-teacher', 'lazy', '--inspect', '--output', tmp_path,
+                  quick=False)
+    assert run.code == 0, run.out + run.err
+
+
 @pytest.mark.parametrize('padding', ['zeros', 'reflect'])
 def test_views_of_cifar(padding):
     source, numbers = Dummy(40, 10, 32), torch.randint(VIEWS, (40,), generator=torch.Generator().manual_seed(0))

@@ -133,8 +133,9 @@ def test_what_standardizes_logits_that_nobody_sees_is_refused(distill, images, t
     assert run.code == 2 and '--logit-standardize: --distiller mgd at sees no logits' in run.err
 
 
-@pytest.mark.parametrize('method, epoch', [('ft --ft-paraphraser-epochs 3', 1), ('mgd', 2)])
-def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, monkeypatch, method, epoch):
+@pytest.mark.parametrize('method, epoch, look', [
+    ('ft --ft-paraphraser-epochs 3', 1, 1), ('mgd', 2, 1), ('mgd kd --epochs 4', 3, 2)])  # at last with files to write
+def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, monkeypatch, method, epoch, look):
     """The run ends at once, keeps nothing of it, and the same command comes to the same weights."""
     def run(output):
         return distill(*flags(images, teacher, tmp_path / output, '--distiller', *method.split()))
@@ -143,7 +144,7 @@ def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, mo
         def noted():
             for batch in batches():
                 looked.append(number)
-                if number == epoch:
+                if looked.count(epoch) == look:
                     signals._note(15)
                 yield batch
         return genuine(self, number, noted)
@@ -153,7 +154,10 @@ def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, mo
         part = run('parts')
     assert part.code == signals.EXIT_INTERRUPTED and looked.count(epoch) <= 2  # of five batches
     assert part.json('interrupted')['epoch'] == epoch - 1
-    assert_same(run('parts').weights(), whole.weights())
+    rest = run('parts')
+    assert_same(rest.weights(), whole.weights())
+    costs = [[[row['cost'] for row in record['news'].get('mgd', ())] for record in of.log()] for of in (rest, whole)]
+    assert costs[0] == costs[1]
 
 
 def test_methods_are_listed(distill):

@@ -1,6 +1,7 @@
 """main_base.py from beginning to end, in this process."""
 import copy
 import json
+import math
 import shutil
 import time
 
@@ -15,6 +16,7 @@ from utils import checkpoint, distributed, engine, signals
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
+from utils.run import Run
 from utils.sources import Folder
 from utils.views import CenterView
 
@@ -446,3 +448,25 @@ def test_quick_epochs_share_their_files(base, images, tmp_path, monkeypatch):
     for name in ('last.pth', 'best.pth'):
         assert_same(rest.weights(name), whole.weights(name))
     assert [record['valid'] for record in rest.log()] == [record['valid'] for record in whole.log()]
+
+
+def test_what_ends_in_an_error_leaves_the_files_of_its_epochs(base, images, tmp_path, monkeypatch):
+    """But no checkpoint of a later point than the files before: it goes on where it was sure of all."""
+    def forward(task, batch, genuine=Supervised.forward):
+        logits, losses = genuine(task, batch)
+        return logits, {'ce': losses['ce'] * math.nan} if len(ended) == 3 else losses
+
+    def end_epoch(run, scores, genuine=Run.end_epoch):
+        genuine(run, scores)
+        ended.append(run.progress['epoch'])
+    monkeypatch.setattr(Supervised, 'forward', forward)
+    monkeypatch.setattr(Run, 'end_epoch', end_epoch)
+    flags, ended = [images, '--arch', 'resnet8', '--epochs', 4, '--output', tmp_path], []
+    run = base(*flags)
+    assert run.code == 3 and 'loss ce is nan in epoch 3' in run.err
+    assert run.json()['last']['epoch'] == 2 and not run.json()['finished'] and len(run.log()) == 3
+    evaluated = base(images, '-e', '--arch', 'resnet8', '--student-resume', tmp_path / 'last.pth').out
+    assert f'({run.log()[2]["valid"]["correct1"]}/15)' in evaluated
+    ended.clear()
+    rest = base(*flags)
+    assert rest.code == 0 and 'resumed from' in rest.out and 'epoch 1, sample 0' in rest.out

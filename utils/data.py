@@ -8,6 +8,7 @@ import hashlib
 import sys
 import warnings
 from collections import Counter
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from .sources import Shards, load_or_next, load_source, manifest
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
-TOGETHER = 1024  # of them are cropped and normalised at once: for one as for all the same kernels have to be launched
+TOGETHER = 1024  # of them, over all ranks, are cropped and normalised at once: by as many kernels as a few would be
 
 
 class Batch(NamedTuple):
@@ -62,6 +63,12 @@ class Images(Dataset):
         return f'{self.source.name(index)} could not be read, and now can'
 
 
+@cache
+def copying(device: torch.device) -> torch.cuda.Stream | None:
+    """A GPU's stream for batches from the host: one, as there are not many streams, and runs side by side need some."""
+    return torch.cuda.Stream(device) if device.type == 'cuda' else None
+
+
 class Prepare:
     """To the device, normalised with ToTensor's and Normalize's arithmetic, mixed if asked for."""
 
@@ -69,7 +76,7 @@ class Prepare:
         mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in STATISTICS[args.dataset])
         self.mean, self.std, self.device = mean, std, device
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.copying = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        self.copying = copying(device)
         mixers = [v2.MixUp(alpha=args.mixup, num_classes=mix_classes)] if args.mixup else []
         mixers += [v2.CutMix(alpha=args.cutmix, num_classes=mix_classes)] if args.cutmix else []
         self.mix = v2.RandomChoice(mixers) if mixers and mix_classes else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 WARM_UP = 3  # calls before: kernels are chosen in them, and all is allocated that will stay
 
-_drawn = None  # event of a GPU: the last graph is over of those that draw
+_drawn = None  # event on the device: the last of the graphs that draw is over
 
 
 class Recorded:
@@ -27,7 +27,8 @@ class Recorded:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.function(batch)
-        tensors = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor) and name != 'bad'}  # host's
+        tensors = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor)}
+        tensors.pop('bad', None)  # which stays on the host
         if self.batch is None:
             self.batch = batch._replace(**{name: x.clone() for name, x in tensors.items()})
             self.replay, self.results = record(lambda: self.function(self.batch))

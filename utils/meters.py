@@ -47,7 +47,7 @@ class Meter:
         self.rows, self.batches, self.norms, self.names, self.balances = [], [], [], [], []
 
     def add(self, batch, names: list[str], values: torch.Tensor):
-        """A batch, with the numbers of its samples on the host, and what came of it on the device."""
+        """A batch, and what came of it on the device."""
         self.names = names
         self.rows.append(values)
         self.batches.append((len(self.norms), batch.index, len(batch.index) if batch.weight else 0))

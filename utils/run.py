@@ -26,7 +26,7 @@ from .args import NEUTRAL
 from .meters import percentages
 from .optim import learning_rate, total_epochs
 
-APART = 10  # seconds: epochs that are shorter share their files. A crash costs no more than that, a signal nothing
+APART = 10  # seconds: epochs that are shorter share their files. A kill costs them and the one under way, a signal none
 
 
 class Run:
@@ -41,6 +41,7 @@ class Run:
     def _open(self):
         """On rank 0, reading only: the folder, the seed, and the checkpoint to go on from with its path."""
         args = self.args
+        git_revision()  # while the code is what has been loaded
         path = Path(args.output or folder.default_output(args))
         saved = origin = None
         self.found = folder.stamps(path)
@@ -76,6 +77,7 @@ class Run:
         folder.refuse_harm(self.folder, self.args)
         folder.make(self.folder)
         self.lock = folder.lock(self.folder)
+        distributed.at_end.callback(self._write)  # where it ends for a loss that is not finite, or in an exception
         folder.clear(self.folder, self.found, self.anew, self.progress['epoch'])
         checkpoint.write(self.folder / 'args.json', as_json(recorded(self.args)))
         if self.args.tensorboard:
@@ -156,16 +158,21 @@ class Run:
 
     def _save(self):
         """In an order that a crash cannot spoil: what epochs have left, then the point to go on from."""
-        if self.unwritten:
-            for name, content in self.unwritten.items():
-                checkpoint.write(self.folder / name, (as_npz if name.endswith('.npz') else on_host)(content))
-            checkpoint.write(self.folder / 'result.json', as_json(self._result()))
-            self.unwritten, self.written = {}, time.monotonic()
+        self._write()
         checkpoint.save(self.folder / 'checkpoint.pth', {
             'format': checkpoint.FORMAT, **{name: part.state_dict() for name, part in self.parts.items()},
             'progress': self.progress | {'seconds': self.seconds()}, 'seed': self.seed,
             'arguments': recorded(self.args), 'facts': self.facts, 'classes': self.classes,
             'world_size': distributed.world()})
+
+    def _write(self):
+        """What finished epochs have left."""
+        files, self.unwritten = self.unwritten, {}
+        for name, content in files.items():
+            checkpoint.write(self.folder / name, as_npz(content) if name.endswith('.npz') else content)
+        if files:
+            checkpoint.write(self.folder / 'result.json', as_json(self._result()))
+            self.written = time.monotonic()
 
     def shipped(self):
         """The network that is evaluated and given away."""
@@ -190,11 +197,11 @@ class Run:
         distributed.from_main(lambda: self._write_epoch(record, best, predictions))
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
-        weights = copied(self.shipped())
+        weights = on_host(self.shipped())
         self.unwritten |= dict.fromkeys(['last.pth'] + ['best.pth'] * best, weights)
         self.unwritten['predictions.npz'] = predictions
         if 'teacher' in self.parts:  # it learns, too
-            self.unwritten['teacher.pth'] = copied(self.parts['teacher'])
+            self.unwritten['teacher.pth'] = on_host(self.parts['teacher'])
         checkpoint.append(self.folder / 'log.jsonl', json.dumps(record) + '\n')
         if time.monotonic() - self.written >= APART or self.progress['epoch'] >= total_epochs(self.args):
             self._save()
@@ -287,7 +294,7 @@ def differing(before: dict, args) -> str:
 
 @cache
 def git_revision() -> str | None:
-    """The commit that this process began at, with a + where the code was changed since."""
+    """The commit that this process began at, with a + where the code is not that commit's."""
     def git(*command):
         return subprocess.run(['git', '-C', str(Path(__file__).parent), *command], capture_output=True, text=True)
     try:
@@ -298,14 +305,9 @@ def git_revision() -> str | None:
         return None
 
 
-def copied(network) -> dict:
-    """Weights that stay as they are while the network trains on."""
-    return {k: v.clone() for k, v in network.state_dict().items()}
-
-
-def on_host(weights: dict) -> dict:
-    """As any machine loads them."""
-    return {k: v.cpu().contiguous() for k, v in weights.items()}
+def on_host(network) -> dict:
+    """Weights as any machine loads them, which stay as they are while the network trains on."""
+    return {k: v.to('cpu', copy=True).contiguous() for k, v in network.state_dict().items()}
 
 
 def as_npz(arrays: dict) -> bytes:
