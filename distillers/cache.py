@@ -158,7 +158,7 @@ class TeacherCache:
     def look(self, batch: Batch):
         """Let the teacher look at what is not known of a batch that comes from a loader."""
         self.wait()
-        rows = (batch.index * VIEWS + batch.view).cpu()  # where they are already, unless somebody asks too late
+        rows = (batch.index * VIEWS + batch.view).cpu()  # on the host already, but for --inspect on a GPU
         multiple, most = AT_ONCE[self.device.type]
         for places in self.unknown(rows.numpy()).split(most):
             if not (n := len(places)):  # of nothing, split gives one part

@@ -155,6 +155,7 @@ def test_a_signal_while_a_method_prepares(distill, images, teacher, tmp_path, mo
     assert part.code == signals.EXIT_INTERRUPTED and looked.count(epoch) <= 2  # of five batches
     assert part.json('interrupted')['epoch'] == epoch - 1
     rest = run('parts')
+    assert epoch == 1 or f'checkpoint.pth: epoch {epoch - 1}, sample 0' in rest.out
     assert_same(rest.weights(), whole.weights())
     costs = [[[row['cost'] for row in record['news'].get('mgd', ())] for record in of.log()] for of in (rest, whole)]
     assert costs[0] == costs[1]

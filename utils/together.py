@@ -4,8 +4,8 @@ A run is a thread that goes through the whole script as if it were alone. One wo
 the loops of engine.py hand over. There a run needs nothing of what a process has only once: each update seeds the
 generators anew, an evaluation draws nothing, and what runs share is in the state that all expect. So they give the
 bits that they give alone (but in a cache that is filled lazily, what one run brings in for the next comes of another
-batch than alone, which rounds the same on a CPU). On a GPU each has a stream of its own: what they were launched for
-works at the same time, as the kernels of one small network leave most of the device idle.
+batch than alone, which rounds the same on a CPU). On a GPU each has a stream of its own, so that their kernels run at
+the same time: those of one small network leave most of the device idle.
 """
 import argparse
 import io
