@@ -157,7 +157,7 @@ def worker(args, device):
             distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(), train, prepare, device, args))
         distillation.stand_in, prepare_mixed = cache, cache.prepare
         if device.type == 'cuda' and isinstance(train.loader, ResidentLoader):
-            # It is done before its kernels are launched: let it have several batches at once, and know them before.
+            # One batch takes the teacher less than the launching of its kernels: it has many at once, before they come.
             train.loader.ahead, prepare_mixed = cache.look, prepare
         distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
