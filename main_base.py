@@ -52,7 +52,7 @@ def worker(args, device):
 
     # what trains it
     ema = make_ema(student, args)
-    task = distributed.wrap(Supervised(student, args.label_smoothing), device, args)
+    task = distributed.wrap(setup.compiled(Supervised(student, args.label_smoothing), args), device, args)
     optimizer = make_optimizer(task, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     run.restore(model=student, optimizer=optimizer, scaler=scaler, ema=ema)

@@ -161,9 +161,7 @@ def worker(args, device):
             train.loader.ahead, prepare_mixed = cache.look, prepare
         distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
-    for distiller in distillers.values():
-        setup.compiled(distiller, args)
-    task = distributed.wrap(distillation, device, args)
+    task = distributed.wrap(setup.compiled(distillation, args), device, args)
     optimizer = make_optimizer(task, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     run.restore(model=network, distillers=distillation.distillers, optimizer=optimizer, scaler=scaler, ema=ema,

@@ -6,7 +6,8 @@
 Times are those of kernels, and on a CPU of ops, by torch.profiler. Bytes are counted op by op: each tensor that an op
 (no view) takes or gives is read or written once, of one that is picked from only as much as is taken. FLOPs are those
 of products. The bound of a part is the longer of what its bytes take at the rate of a large copy and its FLOPs at that
-of a large product. Both counts are of the step without --compile: fused kernels may stay below such a bound.
+of a large product. Both counts are of the step without --compile: fused kernels may stay below such a bound. With it,
+student and losses are one.
 """
 import argparse
 import json
@@ -64,25 +65,30 @@ def size_of(x) -> int:
     return x.element_size() * prod(size for size, stride in zip(x.shape, x.stride()) if stride)
 
 
-def marked_step(task, batch, args, begin):
-    """mgd_step.training_step, which tells where its parts begin.
+def marked_step(task, batch, args, begin, apart: bool):
+    """mgd_step.training_step, which tells where its parts begin; student and losses are two if apart.
 
     A backward pass goes from the newest node to the oldest: it is through with the losses when the gradient of the
     logits, which are the student's last op, is complete.
     """
     optimizer = make_optimizer(task, args)
+    names = {'teacher': 'teacher'} | ({'student': 'student', 'losses': 'losses'} if apart else
+                                      dict.fromkeys(('student', 'losses'), 'student and losses'))
 
     @contextmanager
     def around(network):
-        begin(f'{network}, forward')
+        marks = not torch.compiler.is_compiling()
+        if marks:
+            begin(f'{names[network]}, forward')
         yield
-        begin('losses, forward')
+        if marks:
+            begin(f'{names["losses"]}, forward')
 
     def run():
         with patch('distillers.base.timed', around), precision(batch.images.device, args.amp):
             logits, losses = task(batch)
-        logits.register_hook(lambda grad: begin('student, backward'))
-        begin('losses, backward')
+        logits.register_hook(lambda grad: begin(f'{names["student"]}, backward'))
+        begin(f'{names["losses"]}, backward')
         sum(losses.values()).backward()
         begin('optimizer')
         optimizer.step()
@@ -91,7 +97,7 @@ def marked_step(task, batch, args, begin):
     return run
 
 
-def counted(task, batch, args) -> dict[str, list[int]]:
+def counted(task, batch, args, apart: bool) -> dict[str, list[int]]:
     """Of each part, in their order: ops, bytes, FLOPs."""
     parts, before = {}, []
 
@@ -101,13 +107,13 @@ def counted(task, batch, args) -> dict[str, list[int]]:
             parts[last] = [sum(x) - y for *x, y in zip(parts.get(last, (0, 0, 0)), now, found)]
         before[:] = [(part, now)]
 
-    run = marked_step(task, batch, args, begin)
+    run = marked_step(task, batch, args, begin, apart)
     with flop_counter() as flops, Counter() as counter:
         run()
     return parts
 
 
-def profiled(task, batch, args, steps: int) -> tuple[dict, dict]:
+def profiled(task, batch, args, apart: bool, steps: int) -> tuple[dict, dict]:
     """Of each part, and of each kernel by name: milliseconds and number in a step."""
     on_cuda = batch.images.is_cuda
 
@@ -117,7 +123,7 @@ def profiled(task, batch, args, steps: int) -> tuple[dict, dict]:
         with record_function(MARK + part):
             pass
 
-    run = marked_step(task, batch, args, begin)
+    run = marked_step(task, batch, args, begin, apart)
     for _ in range(3):
         run()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as session:
@@ -159,10 +165,10 @@ def main(arguments=None):
     kind = 'bf16' if args.amp == 'bf16' else 'tf32' if on_cuda else 'fp32'
     bytes_per_ms, flops_per_ms = copy_rate(device), matmul_rate(kind, device)
 
-    counts = counted(*our_task(settings, sizes, **how))
+    counts = counted(*our_task(settings, sizes, **how), not args.compile)
     made = our_task(settings, sizes, **how, compile=args.compile)
     torch.backends.cudnn.benchmark = True  # as the scripts have it; to search takes long, so not for what went before
-    spent, kernels = profiled(*made, steps)
+    spent, kernels = profiled(*made, not args.compile, steps)
     step, _ = timed(training_step(*made), device, steps)
 
     total, rows = sum(spent[part]['ms'] for part in counts), []
@@ -178,9 +184,9 @@ def main(arguments=None):
               'copy, GB/s': bytes_per_ms / 1e6, f'product in {kind}, TFLOP/s': flops_per_ms / 1e9,
               'a step, ms': step, 'its parts, ms': total, 'images/s': 1e3 * sizes['batch'] / step}
     print(*(f'{key}: {value:.4g}' if isinstance(value, float) else f'{key}: {value}' for key, value in record.items()),
-          '', f'{"part":<20}' + ''.join(f'{key:>12}' for key in list(rows[0])[1:]), sep='\n')
+          '', f'{"part":<30}' + ''.join(f'{key:>12}' for key in list(rows[0])[1:]), sep='\n')
     for row in rows:
-        print(f'{row["part"]:<20}' + ''.join(f'{value:12.4g}' for value in list(row.values())[1:]))
+        print(f'{row["part"]:<30}' + ''.join(f'{value:12.4g}' for value in list(row.values())[1:]))
     print('', *(f'{found["ms"]:10.3f} ms {found["number"]:6.0f} x  {name[:96]}' for name, found in dearest), sep='\n')
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / 'breakdown.json').write_text(json.dumps(record | {'parts': rows, 'kernels': dearest}, indent=1))

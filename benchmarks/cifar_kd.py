@@ -52,8 +52,8 @@ def our_step(settings: Settings, sizes: dict, amp='off', cached=False, graph=Fal
     args = options(True, amp, compile)
     student, teacher, train, batch = ingredients(settings, args, **sizes)
     student, teacher = (place(network, settings.device, args) for network in (student, teacher))
-    method = compiled(KD(student, teacher), args)
-    task, prepare = Distillation(student, teacher, {'kd': method}), Prepare(args, settings.device)
+    task = compiled(Distillation(student, teacher, {'kd': KD(student, teacher)}), args)
+    prepare = Prepare(args, settings.device)
     if cached:
         task.stand_in = TeacherCache(teacher, 'teacher', task.read_of_teacher(), train, prepare, settings.device, args)
         prepare = task.stand_in.prepare

@@ -53,16 +53,14 @@ def our_step(settings: Settings, sizes: dict, **how):
     return training_step(*our_task(settings, sizes, **how))
 
 
-def our_task(settings: Settings, sizes: dict, channels_last=False, amp='off', fold=False, compile=False, distil=True,
-             compile_method=False):
+def our_task(settings: Settings, sizes: dict, channels_last=False, amp='off', fold=False, compile=False, distil=True):
     """What training_step is made of."""
     student, teacher, method, batch = ingredients(settings, **sizes)
     args = arguments(channels_last, amp, fold, compile)
     student, teacher = (place(network, settings.device, args) for network in (student, teacher))
     if channels_last:
         batch = batch._replace(images=batch.images.to(memory_format=torch.channels_last))
-    method = compiled(method, arguments(compile=compile or compile_method))
-    task = Distillation(student, teacher, {'mgd': method} if distil else {})
+    task = compiled(Distillation(student, teacher, {'mgd': method} if distil else {}), args)
     if fold:
         task.stand_in = LeanTeacher(task, teacher, settings.device, args)
     return task, batch, args
@@ -138,15 +136,13 @@ def arithmetic(run, device) -> str:
 
 def mgd_overhead(settings: Settings, **sizes) -> Case:
     """Without it, both networks still run, as they would for any method."""
-    sizes = sizes_for(settings, sizes)
-    ways = {'without': {'distil': False}, 'with': {}}
-    if settings.device.type == 'cuda':  # on a CPU, compiling takes too long for what it gives
-        ways['compiled'] = {'compile_method': True}
-    variants, rows = {}, []
+    sizes, variants, rows = sizes_for(settings, sizes), {}, []
     for kind, amp, goal in (('fp32', 'off', 0.11), ('bf16', 'bf16', 0.30)):
-        for way, how in ways.items():
-            run = our_step(settings, sizes, channels_last=True, amp=amp, **how)
-            variants[f'{kind} {way}'] = Variant(run, kind)
-        rows += [Row(f'{kind} {way}', f'{kind} without', 0.10 if way == 'compiled' else goal, 'overhead',
-                     tolerance=float('inf')) for way in ways if way != 'without']
+        for compile in (False, True)[:1 + (settings.device.type == 'cuda')]:  # on a CPU it takes too long
+            way = 'compiled ' * compile
+            for distil in (False, True):
+                run = our_step(settings, sizes, channels_last=True, amp=amp, compile=compile, distil=distil)
+                variants[f'{kind} {way}{"with" if distil else "without"}'] = Variant(run, kind)
+            rows.append(Row(f'{kind} {way}with', f'{kind} {way}without', 0.10 if compile else goal, 'overhead',
+                            tolerance=float('inf')))
     return Case(variants, rows)

@@ -88,21 +88,28 @@ class Distillation(nn.Module):
               beside(self.stream), timed('teacher')):
             t = self.stand_in(batch) if self.stand_in else self.teacher(batch.images, features=True)
         t = t._replace(**{field: [] for field in self.unread})  # frees maps before the student makes its own
+        return self.follow(batch, t)
+
+    def follow(self, batch, t: Features):
         with timed('student'):
             own = self.student(batch.images, features=True)
         if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            self.wait_for_teacher()
         s = adapt(self.distillers.values(), own)
         logits = s.logits
         losses = {'ce': self.cross_entropy(logits, batch)}
         if self.trains_teacher:
             losses['ce_teacher'] = self.cross_entropy(t.logits, batch)
         if self.standardize:
-            s, t = (x._replace(logits=z_scores(x.logits)) for x in (s, t))
-        own, frozen = own._replace(logits=s.logits), detached(t) if self.trains_teacher else t
+            s, t = (with_logits(x, z_scores(x.logits)) for x in (s, t))
+        own, frozen = with_logits(own, s.logits), detached(t) if self.trains_teacher else t
         for distiller in self.distillers.values():
             losses |= distiller(s if adapts(type(distiller)) else own, t if distiller.trains_teacher else frozen, batch)
         return logits, losses
+
+    def compile(self, **how):
+        """Student and losses as one: else all that the student shows would be given a gradient, if only of zeros."""
+        self.follow = torch.compile(self.follow, **how)
 
     def cross_entropy(self, logits, batch) -> torch.Tensor:
         return self.ce_weight * F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)
@@ -120,6 +127,10 @@ class Distillation(nn.Module):
         if device.type != 'cuda' or self.trains_teacher:
             raise ValueError('--teacher-stream is for a GPU, and for a teacher that does not learn')
         self.stream = torch.cuda.Stream(device)
+
+    @torch.compiler.disable  # what is compiled ends here, and begins anew
+    def wait_for_teacher(self):
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     @property
     def teacher_stands_still(self) -> bool:
@@ -209,6 +220,11 @@ def z_scores(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.float()
     deviation = logits.std(1, keepdim=True)
     return torch.where(deviation > 1e-6, (logits - logits.mean(1, keepdim=True)) / deviation.clamp(min=1e-6), 0.0)
+
+
+def with_logits(x: Features, logits: torch.Tensor) -> Features:
+    """Its _replace, which torch 2.8 cannot compile."""
+    return Features(logits, x.pooled, x.head, x.preact, x.maps)
 
 
 def detached(t: Features) -> Features:

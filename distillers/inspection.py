@@ -145,7 +145,7 @@ def worker(args, device):
     if made:
         network = made.shipped() if methods else student
         with found.listing():
-            ema, task = make_ema(network, args), distributed.wrap(made, device, one)
+            ema, task = make_ema(network, args), distributed.wrap(setup.compiled(made, one), device, one)
             optimizer = make_optimizer(task, args)
             scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
             if len(built) < len(methods):

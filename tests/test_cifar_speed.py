@@ -341,20 +341,21 @@ def test_an_unknown_mode_of_compile_is_refused(capsys):
 
 def test_compiled_networks_train_alike(distill, tmp_path, monkeypatch):
     """By a backend that only traces: with what is captured for two sizes of batches, and teacher and student apart."""
-    captured, compile_ = [], torch.nn.Module.compile
+    captured, compile_ = [], torch.compile
 
     def traced(graph, inputs):
         captured.append(graph)
         return graph.forward
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda network, mode, dynamic:
-                        compile_(network, backend=traced, dynamic=dynamic))
+    monkeypatch.setattr(torch, 'compile', lambda called, mode, dynamic:
+                        compile_(called, backend=traced, dynamic=dynamic))
     flags = [*DUMMY, '--dummy-images', 6, '-b', 4, '--teacher-arch', 'resnet8', '--distiller', 'kd',
              '--epochs', 1, '--skip-first-evaluation', '-p', 1]
     eager = distill(*flags, '--output', tmp_path / 'eager')
     compiled = distill(*flags, '--output', tmp_path / 'compiled', '--compile', 'reduce-overhead')
     assert eager.code == compiled.code == 0, compiled.err
-    assert len(captured) == 7  # teacher, student and KD, of 4 and 2 images, and the student with one to evaluate
+    assert len(captured) == 5  # the teacher, student with losses, of 4 and 2 images, and the student with one alone
     assert compiled.weights().keys() == eager.weights().keys()
+    assert compiled.log()[0]['train']['update'].keys() == {'teacher', 'student', 'backward'}  # of all losses, too
     assert compiled.log()[0]['train']['loss'] == pytest.approx(eager.log()[0]['train']['loss'], rel=1e-4)
 
 

@@ -56,7 +56,8 @@ def gradients(name, device, backend=None):
     teacher.to(device)
     task.to(device)
     if backend:
-        task.distillers[name].compile(mode=backend, dynamic=False)
+        for part in (student, teacher, task):
+            part.compile(mode=backend, dynamic=False)
     batch = zoo.make_batch()
     ready = batch._replace(images=batch.images.to(device), target=batch.target.to(device), index=batch.index.to(device))
     for _ in range(3 if backend else 1):  # CUDA graphs warm up, record, replay

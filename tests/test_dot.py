@@ -34,7 +34,7 @@ def train(model, optimizer, inputs, bad=()):
         if step in bad:
             model.a.grad.fill_(float('nan'))
             guard.update(optimizer, torch.amp.GradScaler('cpu', enabled=False))
-            guard.healthy.fill_(True)
+            guard.one.fill_(1)
         else:
             guard.update(optimizer, torch.amp.GradScaler('cpu', enabled=False))
     return [p.item() for p in model.parameters()]

@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_this_and_every_later_update(amp):
         scaler.scale(guard.loss(loss)).backward()  # the gradient of loss + inf is finite: the guard has to spoil it
         guard.update(optimizer, scaler)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
-    assert not guard.healthy
+    assert guard.one.isnan()
 
 
 def test_the_guard_changes_no_bit_of_a_good_step():

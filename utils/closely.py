@@ -18,7 +18,7 @@ _looking = None  # the Closely whose update is looked at now
 @contextmanager
 def timed(name: str):
     """Add what the block takes to the times of the update, if it is looked at."""
-    look = _looking
+    look = None if torch.compiler.is_compiling() else _looking
     began = look and look.now()
     yield
     if look:
@@ -31,6 +31,7 @@ class Closely:
         # An update that is looked at is not a recorded one, and takes several times as long.
         self.every, self.device = updates if args.cuda_graph else min(max(updates // LOOKS, APART), updates), device
         self.on = False  # for the update under way
+        self.compiled = args.compile  # student and losses are one
         self.one_backward = args.compile or args.amp == 'fp16'  # graphs are used up by it; gradients are scaled
 
     def begin(self, update: int):
@@ -60,8 +61,8 @@ class Closely:
         if not self.on:
             return
         _looking = None
-        losses = self.spent.pop('forward') - self.spent.get('teacher', 0.0) - self.spent.get('student', 0.0)
-        meter.add_times(self.spent | {'losses': losses})
+        rest = self.spent.pop('forward') - self.spent.get('teacher', 0.0) - self.spent.get('student', 0.0)
+        meter.add_times(self.spent | {'student' if self.compiled else 'losses': rest})
         if self.by_labels is not None:
             labels = distributed.total(self.by_labels) / distributed.world()
             others = self.flat([p.grad for p in self.parameters]) - labels

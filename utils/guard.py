@@ -11,11 +11,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 class Guard:
     def __init__(self, device: torch.device):
-        self.healthy = torch.ones((), dtype=torch.bool, device=device)
+        self.one = torch.ones((), device=device)  # NaN after the first number that isn't finite: 0 times it is NaN
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
-        self.healthy &= loss.detach().isfinite()
-        return loss * torch.where(self.healthy, 1.0, float('nan'))
+        self.one += 0 * loss.detach()
+        return loss * self.one
 
     def update(self, optimizer, scaler, clip=None) -> torch.Tensor:
         """One optimizer step if all is well; returns the norm of the gradient."""
@@ -25,8 +25,8 @@ class Guard:
         if clip:
             clip_grads_with_norm_(parameters, clip, norm)
         if not scaler.is_enabled():
-            self.healthy &= norm.isfinite()
-            optimizer.found_inf = (~self.healthy).float()
+            self.one += 0 * norm
+            optimizer.found_inf = self.one.isnan().float()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ def configure(args, device: torch.device):
     if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
         torch._dynamo.config.recompile_limit = 32
         warnings.filterwarnings('ignore', 'TensorFloat32 tensor cores')  # losses and the matching stay exact
+        warnings.filterwarnings('ignore', 'Grad strides do not match')  # in dimensions of size 1
         torch._functorch.config.donated_buffer = args.optimizer != 'dot'  # which takes gradients twice
     if args.deterministic:
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
