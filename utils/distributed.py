@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -113,6 +114,10 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         store = dist.PrefixStore(f'attempt {restarts()}', store)
         dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout,
                                 device_id=device if cuda else None)
+        if sys.version_info < (3, 12):
+            # There a loader process waits for ever if a thread of gloo held a lock of Python's when it was forked off,
+            # as they do for a moment after an exchange.
+            os.register_at_fork(before=partial(time.sleep, 0.02))
     try:
         with at_end:
             worker(args, device)
