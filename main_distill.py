@@ -157,8 +157,8 @@ def worker(args, device):
             distillation.teacher, run.facts['teacher'], distillation.read_of_teacher(), train, prepare, device, args))
         distillation.stand_in, prepare_mixed = cache, cache.prepare
         if device.type == 'cuda' and isinstance(train.loader, ResidentLoader):
-            # One batch takes the teacher less than the launching of its kernels: it has many at once, before they come.
-            train.loader.ahead, prepare_mixed = cache.look, prepare
+            # One batch takes the teacher less than the launching of its kernels: it has many at once.
+            train.loader.prepare, prepare_mixed = cache.prepare, prepare
         distributed.say(f'teacher cache: {cache}')
     ema = make_ema(network, args)
     task = distributed.wrap(setup.compiled(distillation, args), device, args)

@@ -147,7 +147,7 @@ class TeacherCache:
     def prepare(self, batch: Batch) -> Batch:
         """A batch on the device, of which every view is known."""
         self.look(batch)
-        return self.prepare_images(batch)._replace(view=batch.view.to(self.device, non_blocking=True))
+        return self.prepare_images(batch)
 
     def unknown(self, rows=slice(None)) -> torch.Tensor:
         """Which of them. By numpy, as every update asks: in a quarter of torch's time."""

@@ -224,7 +224,7 @@ def test_the_teacher_looks_at_several_batches_at_once(monkeypatch):
         cache = TeacherCache(teacher.eval(), 'teacher', {'logits'}, train, Prepare(args, CPU), CPU,
                              argparse.Namespace(cache_dir=None, dataset='cifar10'))
         if ahead:
-            train.loader.ahead = cache.look
+            train.loader.prepare = cache.prepare
         asked.append([])
         teacher.register_forward_pre_hook(lambda _, inputs: asked[-1].append(len(inputs[0])))
         logits.append([cache(cache.prepare(batch)).logits for _, batches in train.updates(0, 0) for batch in batches])

@@ -124,8 +124,8 @@ def test_batches_on_the_device_wait_for_nothing(kind, monkeypatch):
     if kind is TeacherCache:  # all that it looks at is new
         teacher, _ = zoo.make('same')
         args.cache_dir = None
-        loader.ahead = TeacherCache(teacher.to(GPU).eval(), 'teacher', {'logits'}, TrainData(loader), prepare, GPU,
-                                    args).look
+        loader.prepare = TeacherCache(teacher.to(GPU).eval(), 'teacher', {'logits'}, TrainData(loader), prepare, GPU,
+                                      args).prepare
     batches = iter(loader)
     try:
         for mode in ('default', 'error', 'error'):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
@@ -31,12 +32,12 @@ TOGETHER = 1024  # of them, over all ranks, are cropped and normalised at once: 
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor   # [N, 3, H, W], uint8 before Prepare, normalised floats after
-    target: torch.Tensor   # [N] class numbers, or [N, K] shares of the classes where images were mixed
-    index: torch.Tensor    # [N] numbers of the samples in their data set
-    bad: torch.Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
+    images: Tensor   # [N, 3, H, W], uint8 before Prepare, normalised floats after
+    target: Tensor   # [N] class numbers, or [N, K] shares of the classes where images were mixed
+    index: Tensor    # [N] numbers of the samples in their data set
+    bad: Tensor      # [N] number of the unreadable sample that this one stands in for, else -1
     weight: float = 1.0    # of the mean over this batch in the update; 0 where it only keeps other ranks company
-    view: torch.Tensor | int = -1  # [N] numbers of the views (resident.py), -1 where they are not of those 162
+    view: Tensor | int = -1  # [N] numbers of the views (resident.py), -1 where they are not of those 162
 
 
 class Images(Dataset):
@@ -90,23 +91,24 @@ class Prepare:
         return batch._replace(images=images, target=target)
 
     def normalised(self, batch: Batch) -> Batch:
+        fields = {name: getattr(batch, name) for name in ('images', 'target', 'index', 'view')}
         with torch.cuda.stream(self.copying):  # while the device still works on the batch before
-            images, target, index = there = [x.to(self.device, non_blocking=True) for x in batch[:3]]
+            there = {name: x.to(self.device, non_blocking=True) for name, x in fields.items() if isinstance(x, Tensor)}
         if self.copying:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(self.copying)
-            for x in there:
+            for x in there.values():
                 x.record_stream(now)
-        images = images.to(memory_format=self.format).float().div_(255).sub_(self.mean).div_(self.std)
-        return batch._replace(images=images, target=target, index=index)
+        images = there['images'].to(memory_format=self.format).float().div_(255).sub_(self.mean).div_(self.std)
+        return batch._replace(**there | {'images': images})
 
 
 class ResidentLoader:
     """Yields what a DataLoader would, prepared and on the device already, without having to wait for it."""
 
     def __init__(self, images: Images, order: TrainOrder | EvalOrder, resident: Resident, prepare=lambda batch: batch):
-        self.dataset, self.batch_sampler, self.resident, self.prepare = images, order, resident, prepare
-        self.ahead = lambda batch: None  # called with several batches in one, before they come
+        self.dataset, self.batch_sampler, self.resident = images, order, resident
+        self.prepare = prepare  # called with several batches in one
 
     def __iter__(self):
         device, batches = self.resident.targets.device, iter(self.batch_sampler)
@@ -116,10 +118,8 @@ class ResidentLoader:
             if device.type == 'cuda':
                 index, view = index.pin_memory(), view.pin_memory()
             there, number = (x.to(device, non_blocking=True) for x in (index, view))
-            group = Batch(self.resident.views(there, number), self.resident.targets[there], index,
-                          torch.full_like(index, -1), view=view)
-            self.ahead(group)
-            group = self.prepare(group._replace(index=there, view=number))
+            group = self.prepare(Batch(self.resident.views(there, number), self.resident.targets[there], index,
+                                       torch.full_like(index, -1), view=view))
             parts = [x.split([*map(len, some)]) for x in (*group[:4], group.view)]
             for images, target, index, bad, view in zip(*parts):
                 yield Batch(images, target, index, bad, view=view)
