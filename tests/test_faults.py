@@ -1,4 +1,5 @@
 """Real processes, ranks, signals and crashes. tests/programs/faulty.py makes them happen at a given update."""
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from conftest import (
 from torch.distributed.run import get_args_parser
 
 from models import create_model
+from utils import data
 from utils.signals import EXIT_INTERRUPTED
 
 SPAWN2 = ['--multiprocessing-distributed', '--procs-per-node', 2]
@@ -195,6 +197,16 @@ def test_a_hung_rank_ends_the_run_in_time(images, tmp_path):
     run = launch('spawn', *short(images, tmp_path, '--dist-timeout', 5), FAULT='3 hang-rank-1')
     assert run.code not in (0, EXIT_INTERRUPTED) and time.time() - began < 100
     assert 'rank 0 waits no longer' in run.out and '--dist-timeout is 5 seconds' in run.out
+
+
+def test_a_hung_loader_process_ends_the_run_in_time(images, tmp_path, base, monkeypatch):
+    monkeypatch.setattr(data, 'load_or_next', lambda source, index: time.sleep(60))
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5)  # how long torch waits for it to go
+    began, run = time.time(), base(*short(images, tmp_path, '-j', 1, '--dist-timeout', 1))
+    assert run.code == 1 and time.time() - began < 30
+    while multiprocessing.active_children():  # for which the end of the process would wait
+        assert time.time() - began < 30
+    assert run.err.splitlines()[-1].startswith('error: no images have come from the loader processes for 1 seconds')
 
 
 def test_a_second_signal_exits_at_once(images, tmp_path):

@@ -192,7 +192,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--dist-url', metavar='URL', help='where ranks meet, tcp://HOST:PORT')
     g.add_argument('--dist-backend', default='nccl', help='for GPUs; CPUs always use gloo')
     g.add_argument('--dist-timeout', type=positive, default=1800, metavar='SECONDS',
-                   help='a rank silent for so long ends the run')
+                   help='a rank, or a loader process, silent for so long ends the run')
     return parser
 
 

@@ -185,7 +185,8 @@ def make_loader(images, order, args):
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     loader = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
-                        persistent_workers=args.workers > 0, worker_init_fn=_worker, generator=torch.Generator(),
+                        timeout=args.dist_timeout if args.workers else 0, persistent_workers=args.workers > 0,
+                        worker_init_fn=_worker, generator=torch.Generator(),
                         pin_memory=torch.cuda.is_available() and not args.no_accel, multiprocessing_context=fork)
     distributed.at_end.callback(dismiss_workers, loader)
     return loader
@@ -198,7 +199,10 @@ def _worker(number):
 def dismiss_workers(loader):
     """They ignore signals: they have to be told to go before multiprocessing, at exit, sends them one and waits."""
     if loader._iterator is not None:
+        workers = loader._iterator._workers
         loader._iterator._shutdown_workers()
+        for worker in workers:
+            worker.kill()  # one that hangs
 
 
 def global_batch(args) -> int:

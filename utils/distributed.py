@@ -145,6 +145,9 @@ def in_words(error: Exception, rank: int, args) -> str:
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
     if 'not one image can be read' in str(error):  # told by a loader process, it is the last line
         return str(error).splitlines()[-1].removeprefix('RuntimeError: ')
+    if text.startswith('DataLoader timed out'):
+        return (f'no images have come from the loader processes for {args.dist_timeout:g} seconds (--dist-timeout): '
+                'one hangs, or the storage does. The same command goes on from the last checkpoint')
     if text.startswith('Expected more than 1 value per channel'):
         return 'a BatchNorm has 1 image to take statistics from, as of the last batch of an epoch: take another -b'
     if 'Expected to have finished reduction' in text:
