@@ -93,7 +93,7 @@ class Distillation(nn.Module):
     def follow(self, batch, t: Features):
         with timed('student'):
             own = self.student(batch.images, features=True)
-        if self.stream:
+        if self.stream is not None:
             self.wait_for_teacher()
         s = adapt(self.distillers.values(), own)
         logits = s.logits
@@ -108,7 +108,10 @@ class Distillation(nn.Module):
         return logits, losses
 
     def compile(self, **how):
-        """Student and losses as one: else all that the student shows would be given a gradient, if only of zeros."""
+        """Student and losses as one: else all that the student shows would be given a gradient, if only of zeros.
+
+        Where a method does what cannot be compiled, torch takes what it calls apart from each other.
+        """
         self.follow = torch.compile(self.follow, **how)
 
     def cross_entropy(self, logits, batch) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """--compile: the same losses and gradients, of every method, and what cannot go with it."""
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_what_no_loss_reads_leaves_no_graph():
     assert outputs == [3]  # the logits, and two losses
 
 
+def test_a_teacher_beside_takes_student_and_losses_apart(monkeypatch):
+    """Once, where the losses wait for it."""
+    student, teacher = zoo.make('same')
+    methods = {name: DISTILLERS[name](student, teacher) for name in ('kd', 'mgd')}
+    task, outputs, waits = Distillation(student, teacher, methods), [], []
+
+    def counted(graph, inputs):
+        outputs.append(len(graph.graph.output_node().args[0]))
+        return graph.forward
+    # One of a GPU that is not there: it can be asked for, but not waited for.
+    task.stream = torch.Stream(stream_id=1, device_index=0, device_type=1)
+    monkeypatch.setattr('distillers.base.beside', lambda stream: nullcontext())
+    monkeypatch.setattr(Distillation, 'wait_for_teacher', torch.compiler.disable(lambda self: waits.append(1)))
+    task.compile(backend=counted, dynamic=False)
+    for _ in range(2):
+        task(zoo.make_batch())
+    assert outputs[1:] == [3] and len(waits) == 2  # behind what the student shows: the labels' loss and two others
+
+
 @pytest.mark.parametrize('name', ['dkd', 'edkd', 'reviewkd'])
 def test_a_warm_up_is_compiled_once(name):
     """Each epoch has a factor of its own, which is no part of the graph."""
@@ -119,6 +139,13 @@ def test_cuda_graphs_start_anew_with_each_batch(distill, tmp_path, monkeypatch):
     run = distill(*TINY, '--dummy-images', 24, '--compile', 'reduce-overhead', '--data-backend', 'loader', '--output',
                   tmp_path)
     assert run.code == 0 and len(marks) == 6 + 2, run.err  # of 24 images, and of a quarter as many
+
+
+def test_times_of_what_is_compiled_apart(distill, tmp_path, monkeypatch):
+    """Student and losses have one each again where a method breaks the graph, as CRD does where it draws."""
+    traced(monkeypatch)
+    run = distill(*TINY[:-1], 'crd', '--crd-negatives', 2, '--compile', '--output', tmp_path)
+    assert run.log()[0]['train']['update'].keys() == {'teacher', 'student', 'losses', 'backward'}, run.err
 
 
 def test_dot_goes_back_twice_through_compiled_graphs(distill, tmp_path, monkeypatch):

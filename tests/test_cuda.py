@@ -95,6 +95,7 @@ def test_an_update_waits_for_nothing(name):
     ema = make_ema(student, args)
     learner = Learner(task, make_optimizer(task, args), torch.amp.GradScaler(enabled=False), GPU, args)
     prepare, meter, batch = Prepare(args, GPU), Meter({}), zoo.make_batch()
+    batch = batch._replace(images=batch.images.mul(50).add(128).clamp(0, 255).byte())  # as it comes from a loader
     batch = batch._replace(**{field: getattr(batch, field).pin_memory() for field in ('images', 'target', 'index')})
     try:
         for mode in ('default', 'error', 'error'):  # the first time libraries are set up
@@ -246,8 +247,8 @@ def loss_on_cpu(once, teacher, tmp_path_factory):
 FLAGS = ['', '--fast', '--amp bf16 --teacher-amp off', '--amp fp16', '--channels-last', '--fold-teacher',
          '--cuda-graph', '--cuda-graph --teacher-stream --fast', '--data-backend loader', '--cache-teacher lazy',
          '--accum-steps 2 -b 8']
-COMPILED = ['--compile', '--compile reduce-overhead', '--cuda-graph --cache-teacher lazy --compile',
-            '--cache-teacher full --compile reduce-overhead --amp bf16']
+COMPILED = ['--compile', '--compile reduce-overhead', '--cuda-graph --teacher-stream --compile',
+            '--cuda-graph --cache-teacher lazy --compile', '--cache-teacher full --compile reduce-overhead --amp bf16']
 
 
 @pytest.mark.parametrize('flags', [*FLAGS, *COMPILED])

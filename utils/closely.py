@@ -31,7 +31,7 @@ class Closely:
         # An update that is looked at is not a recorded one, and takes several times as long.
         self.every, self.device = updates if args.cuda_graph else min(max(updates // LOOKS, APART), updates), device
         self.on = False  # for the update under way
-        self.compiled = args.compile  # student and losses are one
+        self.compiled = args.compile  # so that student and losses may be one
         self.one_backward = args.compile or args.amp == 'fp16'  # graphs are used up by it; gradients are scaled
 
     def begin(self, update: int):
@@ -62,7 +62,8 @@ class Closely:
             return
         _looking = None
         rest = self.spent.pop('forward') - self.spent.get('teacher', 0.0) - self.spent.get('student', 0.0)
-        meter.add_times(self.spent | {'student' if self.compiled else 'losses': rest})
+        as_one = self.compiled and 'student' not in self.spent
+        meter.add_times(self.spent | {'student' if as_one else 'losses': rest})
         if self.by_labels is not None:
             labels = distributed.total(self.by_labels) / distributed.world()
             others = self.flat([p.grad for p in self.parameters]) - labels
