@@ -172,8 +172,10 @@ for pair in $pairs; do
                 schedule "${pair#*-}"
                 plain=("${recipe[@]}")
                 recipe+=(--teacher-arch "${pair%%-*}")
-                [[ $method == dml || $DATA == --dummy ]] ||
+                if [[ $method != dml && $DATA != --dummy ]]; then
                     recipe+=(--teacher-resume "$folder/base-${pair%%-*}-0/last.pth")
+                    [[ -e ${recipe[-1]} ]] || echo "note: no teacher yet: $(basename "$0") teachers $pair 0" >&2
+                fi
                 distillation
                 case $method in
                     ab | fsp)  # 30 epochs of nothing else, then the labels

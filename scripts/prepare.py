@@ -173,6 +173,9 @@ def main():
     splits = [name for name in ('train', 'valid', 'val') if (args.source / name).is_dir()]
     if not splits:
         sys.exit(f'error: {args.source} has no train/, valid/ or val/')
+    if inside := next((name for name in splits
+                       if args.target.resolve().is_relative_to((args.source / name).resolve())), None):
+        parser.error(f'{args.target} lies in {args.source / inside}, where it would be one of the classes')
     raw = args.format == 'raw'
     made = {'by': 'scripts/prepare.py', 'source': str(args.source.resolve()), 'format': args.format, 'size': args.size,
             'quality': None if raw else args.quality}
@@ -187,9 +190,10 @@ def main():
                 sys.exit(f'error: {args.target} was made otherwise: remove it, or name another folder')
         elif args.target.exists() and not (args.target.is_dir() and {*os.listdir(args.target)} <= {'manifest.tmp'}):
             sys.exit(f'error: {args.target} holds something else: remove it, or name another folder')
+        jobs = {split: jobs_of(args.source / split, args.target / split, raw) for split in splits}
         args.target.mkdir(parents=True, exist_ok=True)
         write_json(manifest, made | {'complete': False})
-        convert(args, made, splits, raw)
+        convert(args, made, jobs, raw)
     except BrokenProcessPool:
         sys.exit('\nerror: a process was killed, as for want of memory (fewer --workers?); the same command goes on')
     except (OSError, Damaged) as error:
@@ -199,14 +203,13 @@ def main():
         sys.exit(signals.EXIT_INTERRUPTED)
 
 
-def convert(args, made: dict, splits: list[str], raw: bool):
+def convert(args, made: dict, jobs: dict, raw: bool):
     store = partial(store_shard, size=args.size) if raw else partial(store_jpeg, size=args.size, quality=args.quality)
     counts, unreadable = {}, {}
-    for split in splits:
-        classes, jobs = jobs_of(args.source / split, args.target / split, raw)
+    for split, (classes, of_split) in jobs.items():
         with ProcessPoolExecutor(args.workers, initializer=leave_with_parent) as pool:
             try:
-                results = list(progress(pool.map(store, jobs, chunksize=1 if raw else 16), len(jobs), split))
+                results = list(progress(pool.map(store, of_split, chunksize=1 if raw else 16), len(of_split), split))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -54,8 +54,11 @@ def draw(ways, teacher):
 def write(ways, teacher, path):
     """The page appears whole or not at all: a browser may be reading it."""
     temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(Page(ways, teacher).html())
-    temporary.replace(path)
+    try:
+        temporary.write_text(Page(ways, teacher).html())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main():
@@ -67,12 +70,12 @@ def main():
     args = parser.parse_args()
     ways, teacher = collect(args.out, args.teacher)
     print(table(teacher + ways))
+    file = args.output
     try:
-        write(ways, teacher, args.output)
-        if args.curves:
-            draw(ways, teacher).savefig(args.curves, dpi=150)
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        file = (getattr(error, 'filename', None) or str(args.curves)).removesuffix('.tmp')
+        write(ways, teacher, file)
+        if file := args.curves:
+            draw(ways, teacher).savefig(file, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, no such format, a full disk
         refuse(f'{file}: {getattr(error, "strerror", None) or error}')
 
 

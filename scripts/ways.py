@@ -103,7 +103,8 @@ def by_way(folders):
     """Runs in the order given. Those that differ in more than the seed are no sample of one thing."""
     ways = {}
     for folder in folders:
-        if not folder.is_dir():
+        held = {path.name for path in folder.iterdir()} - {'.lock'} if folder.is_dir() else {'nothing'}
+        if held and not held & {'args.json', 'result.json', 'log.jsonl'}:  # an empty one is of a run to come
             refuse(f'{folder} is not the folder of a run')
         ways.setdefault(re.sub(r'-\d+$', '', folder.resolve().name), []).append(Run(folder))
     for name, runs in ways.items():

@@ -207,6 +207,20 @@ def test_nothing_usable_is_an_error(prepared, folder):
         prepared('jpeg', 'other')
 
 
+def test_a_copy_inside_its_source_would_be_a_class(prepared, folder, capfd):
+    with pytest.raises(SystemExit):
+        prepared('jpeg', folder / 'train' / 'copy')
+    assert 'where it would be one of the classes' in capfd.readouterr().err
+    assert not (folder / 'train' / 'copy').exists()
+
+
+def test_nothing_is_made_of_a_folder_that_cannot_be_read(prepared, folder):
+    (folder / 'train' / 'empty').mkdir()
+    with pytest.raises(SystemExit, match='empty has no images'):
+        prepared('jpeg')
+    assert not (folder.parent / 'dst').exists()
+
+
 # On the device
 
 def loaders(source, seed=5):

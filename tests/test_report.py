@@ -121,7 +121,8 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(tell, tmp_path):
     taught = made_run(tmp_path / 'dkd-0', 'net', 0, 3, method='dkd', teacher_resume=str(elsewhere / 'last.pth'))
     assert 'different data' in tell(taught, '--teacher', elsewhere, '-o', tmp_path / 'a.html').err
     assert tell(taught, '-o', tmp_path / 'b.html').code == 0  # nobody asked for it
-    assert 'is not the folder' in tell(tmp_path / 'nowhere').err and not (tmp_path / 'a.html').exists()
+    for no_run in (tmp_path / 'nowhere', tmp_path):
+        assert 'is not the folder' in tell(no_run).err and not (tmp_path / 'a.html').exists()
 
 
 def test_the_page_of_finished_runs_stands_alone(tell, tmp_path):

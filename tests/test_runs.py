@@ -228,7 +228,10 @@ def test_a_damaged_log_does_not_stop_a_run(base, images, tmp_path):
 
 def test_one_image_in_the_last_batch_is_one_line(base, images, tmp_path):
     run = base(images, '-a', 'shufflenet_v2_x0_5', '--epochs', 1, '-b', 19, '--output', tmp_path)
-    assert run.code == 1 and run.err.startswith('error: a BatchNorm has 1 image') and 'Traceback' not in run.err
+    assert run.code == 1 and run.err.startswith('error: the last batch of an epoch has 1 of the 39 images, and from 1')
+    assert 'Epoch 0' not in run.out and not (tmp_path / 'args.json').exists()  # it is known beforehand
+    fine = base(images, '--epochs', 1, '-b', 19, '--image-size', 32, '--output', tmp_path)  # maps of 8 x 8 pixels
+    assert fine.code == 0, fine.err
 
 
 def test_resume_of_another_network_or_another_optimizer(base, images, tmp_path):
@@ -418,6 +421,20 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(base, images, t
     names = {path.name for path in (tmp_path / 'runs').iterdir()}
     first = f'base-{images.name}-resnet8-20261120-120000'
     assert names == {first, f'{first}-2'}
+
+
+def test_weights_that_predict_no_number_are_no_epoch(base, images, tmp_path, monkeypatch):
+    """Argmax would take the first class for their guess. Where the loss while training is finite to the end."""
+    flags = [images, '--image-size', 32, '-b', 64, '--epochs', 2, '--output', tmp_path]
+    run = base(*flags, '--lr', 1e30)
+    assert run.code == 3 and 'Traceback' not in run.err
+    assert 'error: the student predicts what is not a number: its weights are broken since epoch 0' in run.err
+    assert not any((tmp_path / name).exists() for name in ('best.pth', 'checkpoint.pth', 'log.jsonl'))
+    broken = tmp_path / 'broken.pth'
+    torch.save({name: x * 1e30 if x.is_floating_point() else x
+                for name, x in create_model('resnet8', 3).state_dict().items()}, broken)
+    scored = base(images, '--image-size', 32, '-a', 'resnet8', '-e', '--student-resume', broken)
+    assert scored.code == 3 and 'the student predicts what is not a number' in scored.err, scored.err
 
 
 def test_quick_epochs_share_their_files(base, images, tmp_path, monkeypatch):

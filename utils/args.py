@@ -1,7 +1,9 @@
 """The command line: pytorch/examples' and MGD's flags under their own names, then what a training script has today."""
 import argparse
+import math
 import os
 import shlex
+from pathlib import Path
 
 # What may change between a run and its resume: it says where and how fast to run, not what to compute. Images and
 # weights may lie elsewhere, as a run is tied to what they are (Run.facts).
@@ -44,12 +46,13 @@ def compile_mode(text: str) -> str | bool:
     return 'default' if switch(text) else False
 
 
-def number(kind, low, high=float('inf'), above=False):
+def number(kind, low, high=math.inf, above=False):
     """A type for argparse: an int or float with low <= value <= high, or low < value where `above`."""
     def parse(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not in {"(" if above else "["}{low}, {high}]')
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f'{text} is not in {"(" if above else "["}{low}, {high}'
+                                             f'{")" if high == math.inf else "]"}')
         return value
     parse.__name__ = kind.__name__  # argparse names it in 'invalid int value'
     return parse
@@ -112,10 +115,11 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                    help='network of --teacher-resume (default: resnet152 for resnet50, else resnet50)')
     g.add_argument('--teacher-resume', metavar='PATH',
                    help='weights of the teacher; main_base.py scores it in the same pass as the network')
-    g.add_argument('--teacher-mean', type=float, nargs=3, metavar=('R', 'G', 'B'),
+    g.add_argument('--teacher-mean', type=fraction, nargs=3, metavar=('R', 'G', 'B'),
                    help='of the images that the teacher was trained with, from 0 to 1 (default: of the data; with the '
                         'weights of timm, its own)')
-    g.add_argument('--teacher-std', type=positive, nargs=3, metavar=('R', 'G', 'B'), help='likewise')
+    g.add_argument('--teacher-std', type=number(float, 0, 1, above=True), nargs=3, metavar=('R', 'G', 'B'),
+                   help='likewise')
     g.add_argument('--teacher-size', type=count, metavar='PIXELS',
                    help="side of the teacher's images, resized from the student's (default: as these, likewise)")
     g.add_argument('--sync-bn', **on, help='BatchNorm statistics over all ranks (GPUs only)')
@@ -202,6 +206,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('DIR is missing (or use --dummy)')
     if args.dummy and args.data is not None:
         parser.error('--dummy takes no DIR')
+    if args.data and args.output and Path(args.output).resolve() == Path(args.data).resolve():
+        parser.error('--output is DIR, the folder of the images: name another one')
+    if args.rank >= max(args.world_size, 1):
+        parser.error(f'--rank {args.rank} needs a --world-size above it, the number of nodes')
+    if args.procs_per_node and not args.multiprocessing_distributed:
+        parser.error('--procs-per-node needs --multiprocessing-distributed')
     if args.nesterov and (args.optimizer != 'sgd' or not args.momentum):
         parser.error('--nesterov needs --optimizer sgd and a --momentum')
     if args.optimizer == 'dot' and (args.amp == 'fp16' or args.clip_grad):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
@@ -169,6 +170,25 @@ class TrainData:
             print(self.images.complaint(number), file=sys.stderr, flush=True)
         self.reported.update(bad)
         return len(bad)
+
+    @torch.no_grad()
+    def refuse_single_values(self, network: nn.Module, args):
+        """BatchNorm takes no statistics from a map of one pixel of one image; an epoch would end in that."""
+        left = self.order.length % self.order.batch or self.order.batch
+        if left >= 2 * self.order.world or args.sync_bn:
+            return
+        single = []
+        hooks = [norm.register_forward_pre_hook(lambda norm, inputs: single.append(norm) if inputs[0].numel() ==
+                                                inputs[0].shape[1] else None)
+                 for norm in network.modules() if isinstance(norm, _BatchNorm)]
+        network.eval().forward(torch.zeros(1, 3, args.image_size, args.image_size,
+                                           device=next(network.parameters()).device))
+        network.train()
+        for hook in hooks:
+            hook.remove()
+        if any(norm.training for norm in single):
+            distributed.stop(f'the last batch of an epoch has {left} of the {self.order.length} images, and from 1 '
+                             f'image on a rank a BatchNorm of {args.arch} cannot take statistics: take another -b')
 
     def resident(self, device) -> Resident:
         return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)

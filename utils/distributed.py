@@ -106,19 +106,9 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
     device = torch.device('cuda', local if args.gpu is None else args.gpu) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
-    if url is not None:
-        backend = f'cpu:gloo,cuda:{args.dist_backend}' if cuda else 'gloo'
-        timeout = timedelta(seconds=args.dist_timeout)
-        store, rank, world = next(dist.rendezvous(url, rank, world, timeout=timeout))
-        # torchrun's store outlives a restart, and so would the addresses of ranks that are gone.
-        store = dist.PrefixStore(f'attempt {restarts()}', store)
-        dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout,
-                                device_id=device if cuda else None)
-        if sys.version_info < (3, 12):
-            # There a loader process waits for ever if a thread of gloo held a lock of Python's when it was forked off,
-            # as they do for a moment after an exchange.
-            os.register_at_fork(before=partial(time.sleep, 0.02))
     try:
+        if url is not None:
+            _join(url, rank, world, device, args)
         with at_end:
             worker(args, device)
     except SystemExit as stop:
@@ -137,6 +127,20 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         dist.destroy_process_group()
 
 
+def _join(url, rank, world, device, args):
+    backend = f'cpu:gloo,cuda:{args.dist_backend}' if device.type == 'cuda' else 'gloo'
+    timeout = timedelta(seconds=args.dist_timeout)
+    store, rank, world = next(dist.rendezvous(url, rank, world, timeout=timeout))
+    # torchrun's store outlives a restart, and so would the addresses of ranks that are gone.
+    store = dist.PrefixStore(f'attempt {restarts()}', store)
+    dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout,
+                            device_id=device if device.type == 'cuda' else None)
+    if sys.version_info < (3, 12):
+        # There a loader process waits for ever if a thread of gloo held a lock of Python's when it was forked off, as
+        # they do for a moment after an exchange.
+        os.register_at_fork(before=partial(time.sleep, 0.02))
+
+
 def in_words(error: Exception, rank: int, args) -> str:
     """An error of the device or of another rank, for the user; nothing of one whose traceback is needed."""
     text = (str(error).splitlines() or [''])[0]
@@ -145,6 +149,8 @@ def in_words(error: Exception, rank: int, args) -> str:
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
     if 'not one image can be read' in str(error):  # told by a loader process, it is the last line
         return str(error).splitlines()[-1].removeprefix('RuntimeError: ')
+    if 'DefaultCPUAllocator' in text:
+        return f'rank {rank}: not enough memory: {text.rpartition("memory: ")[2]}'
     if text.startswith('DataLoader timed out'):
         return (f'no images have come from the loader processes for {args.dist_timeout:g} seconds (--dist-timeout): '
                 'one hangs, or the storage does. The same command goes on from the last checkpoint')
@@ -155,7 +161,7 @@ def in_words(error: Exception, rank: int, args) -> str:
                 'them where the network is made, by requires_grad_(False)')
     if 'have a deterministic implementation' in text:
         return f'--deterministic: {text.partition(",")[0]}'
-    words = ('gloo', 'Application timeout', 'Connection', 'NCCL')
+    words = ('gloo', 'Application timeout', 'Connection', 'client socket', 'NCCL')
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
                 f'seconds), was killed, or has told its own error. {text}')

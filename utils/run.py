@@ -7,6 +7,7 @@
 Only global rank 0 touches it.
 """
 import json
+import math
 import platform
 import random
 import shlex
@@ -23,6 +24,7 @@ import torchvision
 
 from . import checkpoint, distributed, folder, signals
 from .args import NEUTRAL
+from .engine import EXIT_BROKEN
 from .meters import percentages
 from .optim import learning_rate, total_epochs
 
@@ -134,6 +136,7 @@ class Run:
         for name, fact in self.facts.items():
             if len(set(distributed.gather(fact))) > 1:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
+        train.refuse_single_values(student, args)
         self.progress['best'] = distributed.from_main(self._begin)
         distributed.say(
             f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
@@ -184,6 +187,8 @@ class Run:
         if scores is None or 'unreadable' in scores:  # the epoch's training is done, its evaluation is not
             self.save()
             self.refuse(scores)
+        self.refuse_nan(scores, f' since epoch {progress["epoch"]}, which is left out: the last checkpoint is older. A '
+                                'lower --lr, or --warmup, may help')
         predictions, seconds = scores.pop('predictions'), scores.pop('seconds')
         epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
@@ -225,6 +230,12 @@ class Run:
             self.writer.add_scalar('lr', record['lr'], record['epoch'])
             self.writer.flush()
 
+    def refuse_nan(self, scores: dict, then: str = ''):
+        """A guess among numbers that are none is no guess, and would score as the first class."""
+        for name, score in scores.items():
+            if isinstance(score, dict) and math.isnan(score.get('loss', 0)):
+                distributed.stop(f'the {name} predicts what is not a number: its weights are broken{then}', EXIT_BROKEN)
+
     def refuse(self, scores: dict | None):
         """End for want of scores: a signal came, or an image cannot be read."""
         if scores:
@@ -235,6 +246,7 @@ class Run:
         """Print the scores of --evaluate, or of the start of a run, and leave them in --output if that was given."""
         if scores is None or 'unreadable' in scores:
             self.refuse(scores)
+        self.refuse_nan(scores)
         predictions, _ = scores.pop('predictions'), scores.pop('seconds')
         for name, score in scores.items():
             distributed.say(f'{name}: {score:.2f} %' if name == 'agreement' else
