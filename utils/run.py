@@ -234,7 +234,8 @@ class Run:
         """A guess among numbers that are none is no guess, and would score as the first class."""
         for name, score in scores.items():
             if isinstance(score, dict) and math.isnan(score.get('loss', 0)):
-                distributed.stop(f'the {name} predicts what is not a number: its weights are broken{then}', EXIT_BROKEN)
+                distributed.stop(f'the {name} predicts what is not a number: its weights are broken'
+                                 + ', or beyond --amp fp16' * (self.args.amp == 'fp16') + then, EXIT_BROKEN)
 
     def refuse(self, scores: dict | None):
         """End for want of scores: a signal came, or an image cannot be read."""
