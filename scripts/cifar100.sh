@@ -157,12 +157,16 @@ run() {  # SCRIPT NAME FLAGS
     [[ $seed != *,* ]] || { output=${output%"-$seed"} whose=(--seeds ${seed//,/ }); }
     python "$(dirname "$0")/../$script" "$DATA" "${recipe[@]}" --output "$output" "${whose[@]}" "$@" || status=$?
     ((status <= 1)) || exit "$status"  # interrupted, or wrong in a way that will be wrong for all
-    ((status == 0)) || failed=1        # one line has said why: a pair that the method cannot work with, a missing file
+    if ((status)); then  # one line has said why: a pair that the method cannot work with, a missing file
+        failed=1
+        [[ -z $teacher || -e $teacher ]] || echo "note: its teacher is trained by: $(basename "$0") teachers $pair 0" >&2
+    fi
     return "$status"
 }
 
 for pair in $pairs; do
     for seed in $seeds; do
+        teacher=
         case $method in
             teachers) schedule "${pair%%-*}"; run main_base.py "base-${pair%%-*}-$seed" "$@" || true ;;
             base) schedule "${pair##*-}"; run main_base.py "base-${pair##*-}-$seed" "$@" || true ;;
@@ -172,10 +176,8 @@ for pair in $pairs; do
                 schedule "${pair#*-}"
                 plain=("${recipe[@]}")
                 recipe+=(--teacher-arch "${pair%%-*}")
-                if [[ $method != dml && $DATA != --dummy ]]; then
-                    recipe+=(--teacher-resume "$folder/base-${pair%%-*}-0/last.pth")
-                    [[ -e ${recipe[-1]} ]] || echo "note: no teacher yet: $(basename "$0") teachers $pair 0" >&2
-                fi
+                [[ $method == dml || $DATA == --dummy ]] ||
+                    recipe+=(--teacher-resume "${teacher:=$folder/base-${pair%%-*}-0/last.pth}")
                 distillation
                 case $method in
                     ab | fsp)  # 30 epochs of nothing else, then the labels
