@@ -379,6 +379,15 @@ def test_no_memory_is_one_line(base, images, tmp_path, monkeypatch):
     assert run.err.startswith('error: rank 0: CUDA out of memory. Tried to allocate 9.00 GiB: take a smaller -b')
 
 
+@pytest.mark.parametrize('flags, says', [
+    (['--num-classes', 10**13], 'rank 0: not enough memory: you tried to allocate 2560000000000000 bytes'),
+    (['--world-size', 2, '--rank', 1, '--dist-url', 'tcp://127.0.0.1:9', '--dist-timeout', 1],
+     'rank 1 waits no longer for the others')])
+def test_more_memory_than_there_is_and_a_master_that_is_not(base, images, tmp_path, flags, says):
+    run = base(images, *flags, '--output', tmp_path)
+    assert run.code == 1 and 'Traceback' not in run.err and run.err.splitlines()[-1].startswith(f'error: {says}')
+
+
 def test_an_error_without_words_keeps_its_traceback():
     for error in (ValueError(), RuntimeError(), ValueError('Connection of layers')):
         assert distributed.in_words(error, 0, None) == ''
