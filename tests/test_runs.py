@@ -432,7 +432,7 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(base, images, t
     assert names == {first, f'{first}-2'}
 
 
-def test_weights_that_predict_no_number_are_no_epoch(base, images, tmp_path, monkeypatch):
+def test_weights_that_predict_no_number_are_no_epoch(base, images, tmp_path):
     """Argmax would take the first class for their guess. Where the loss while training is finite to the end."""
     flags = [images, '--image-size', 32, '-b', 64, '--epochs', 2, '--output', tmp_path]
     run = base(*flags, '--lr', 1e30)

@@ -68,8 +68,8 @@ fraction = number(float, 0, 1)
 def base_parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(description=description, fromfile_prefix_chars='@', formatter_class=Formatter,
                     epilog='@FILE in place of arguments reads them from a file, # starts a comment. Exit codes: '
-                           '0 done, 1 an error that one line names, 2 wrong flags, 3 loss or gradient not finite, '
-                           '75 stopped by a signal after saving (the same command, with --output, goes on).')
+                           '0 done, 1 an error that one line names, 2 wrong flags, 3 loss, gradient or prediction not '
+                           'finite, 75 stopped by a signal after saving (the same command, with --output, goes on).')
     on = {'nargs': '?', 'const': True, 'default': False, 'type': switch, 'metavar': '0|1'}
 
     g = parser.add_argument_group('data')

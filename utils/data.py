@@ -40,6 +40,10 @@ class Batch(NamedTuple):
     weight: float = 1.0    # of the mean over this batch in the update; 0 where it only keeps other ranks company
     view: Tensor | int = -1  # [N] numbers of the views (resident.py), -1 where they are not of those 162
 
+    def seen(self) -> dict[str, Tensor]:
+        """What the device is shown of it, by name."""
+        return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor) and name != 'bad'}
+
 
 class Images(Dataset):
     """The views of a source's images. Where an image cannot be read the next readable one stands in and is marked."""
@@ -92,9 +96,8 @@ class Prepare:
         return batch._replace(images=images, target=target)
 
     def normalised(self, batch: Batch) -> Batch:
-        fields = {name: getattr(batch, name) for name in ('images', 'target', 'index', 'view')}
         with torch.cuda.stream(self.copying):  # while the device still works on the batch before
-            there = {name: x.to(self.device, non_blocking=True) for name, x in fields.items() if isinstance(x, Tensor)}
+            there = {name: x.to(self.device, non_blocking=True) for name, x in batch.seen().items()}
         if self.copying:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(self.copying)
@@ -178,9 +181,11 @@ class TrainData:
         if left >= 2 * self.order.world or args.sync_bn:
             return
         single = []
-        hooks = [norm.register_forward_pre_hook(lambda norm, inputs: single.append(norm) if inputs[0].numel() ==
-                                                inputs[0].shape[1] else None)
-                 for norm in network.modules() if isinstance(norm, _BatchNorm)]
+
+        def note(norm, inputs):
+            if inputs[0].numel() == inputs[0].shape[1]:
+                single.append(norm)
+        hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, _BatchNorm)]
         network.eval().forward(torch.zeros(1, 3, args.image_size, args.image_size,
                                            device=next(network.parameters()).device))
         network.train()

@@ -13,7 +13,7 @@ from .optim import learning_rate, set_learning_rate, total_epochs
 from .randomness import seed_everything
 from .setup import begin_update, precision
 
-EXIT_BROKEN = 3  # a loss or gradient was not finite
+EXIT_BROKEN = 3  # a loss or gradient was not finite, or a prediction is no number
 
 
 class Supervised(nn.Module):

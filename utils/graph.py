@@ -27,12 +27,10 @@ class Recorded:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.function(batch)
-        tensors = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor)}
-        tensors.pop('bad', None)  # which stays on the host
         if self.batch is None:
-            self.batch = batch._replace(**{name: x.clone() for name, x in tensors.items()})
+            self.batch = batch._replace(**{name: x.clone() for name, x in batch.seen().items()})
             self.replay, self.results = record(lambda: self.function(self.batch))
-        for name, x in tensors.items():
+        for name, x in batch.seen().items():
             getattr(self.batch, name).copy_(x, non_blocking=True)
         self.replay()
         return [x.clone() for x in self.results]

@@ -187,8 +187,8 @@ class Run:
         if scores is None or 'unreadable' in scores:  # the epoch's training is done, its evaluation is not
             self.save()
             self.refuse(scores)
-        self.refuse_nan(scores, f' since epoch {progress["epoch"]}, which is left out: the last checkpoint is older. A '
-                                'lower --lr, or --warmup, may help')
+        self.refuse_nan(scores, f' since epoch {progress["epoch"]}, which is left out. A lower --lr, or --warmup, may '
+                                'help')
         predictions, seconds = scores.pop('predictions'), scores.pop('seconds')
         epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
