@@ -234,6 +234,15 @@ def test_the_teacher_looks_at_several_batches_at_once(monkeypatch):
         assert together.abs().min() > 0
 
 
+def test_what_the_host_asks_of_a_batch_stays_with_it():
+    """Each update looks for images that could not be read."""
+    batch = zoo.make_batch()._replace(images=torch.zeros(2, 3, 32, 32, dtype=torch.uint8), view=torch.zeros(2).long(),
+                                      bad=torch.full((2,), -1))
+    there = Prepare(arguments(), torch.device('meta'))(batch)
+    assert {x.device.type for x in (there.images, there.target, there.index, there.view)} == {'meta'}
+    assert there.bad is batch.bad
+
+
 def test_a_signal_while_filling_in_leaves_what_there_is(distill, tmp_path):
     flags = [*KD, '--output', tmp_path / 'run', '--cache-teacher', 'full', '--cache-dir', tmp_path / 'tables']
     with signal_at_second_call(TeacherCache, 'look'):

@@ -1,6 +1,7 @@
 """--compile: the same losses and gradients, of every method, and what cannot go with it."""
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_a_teacher_beside_takes_student_and_losses_apart(monkeypatch):
     # One of a GPU that is not there: it can be asked for, but not waited for.
     task.stream = torch.Stream(stream_id=1, device_index=0, device_type=1)
     monkeypatch.setattr('distillers.base.beside', lambda stream: nullcontext())
-    monkeypatch.setattr(Distillation, 'wait_for_teacher', torch.compiler.disable(lambda self: waits.append(1)))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: SimpleNamespace(wait_stream=waits.append))
     task.compile(backend=counted, dynamic=False)
     for _ in range(2):
         task(zoo.make_batch())
