@@ -141,7 +141,7 @@ class TeacherCache:
 
     def __call__(self, batch: Batch) -> Features:
         rows = batch.index * VIEWS + batch.view
-        fields = {field: table.values[rows].float() for field, table in self.tables.items()}
+        fields = {field: table.values.index_select(0, rows).float() for field, table in self.tables.items()}
         return Features(**{'logits': None, 'pooled': None, 'head': None, 'preact': [], 'maps': []} | fields)
 
     def prepare(self, batch: Batch) -> Batch:

@@ -3,12 +3,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from zoo import make_batch
 
 from utils.args import base_parser, check
 from utils.guard import Guard
-from utils.meters import Meter
+from utils.meters import Meter, hits
 from utils.optim import learning_rate, make_ema, make_optimizer, total_epochs
 from utils.run import Run
 
@@ -168,6 +169,23 @@ def test_the_first_trouble_is_reported():
     trouble = meter.read(watch_norms=True)
     assert trouble == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 1, 'samples': [10, 11]}
     assert meter.sums['n'] == 6 and meter.sums['top1'] == 3 and meter.sums['loss/ce'] == float('inf')
+
+
+@pytest.mark.parametrize('classes', [3, 5, 12])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_hits_go_by_the_order_of_argmax(classes, dtype):
+    """Half of these logits have an equal one in their row."""
+    logits = torch.randint(8, (200, classes), generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = torch.arange(200) % classes
+    ranked = [sorted(range(classes), key=lambda c: (-row[c], c)) for row in logits.tolist()]
+    first, five = (sum(t in best[:n] for best, t in zip(ranked, target.tolist())) for n in (1, 5))
+    assert hits(logits, target).tolist() == [first, five] == [(logits.argmax(1) == target).sum().item(), five]
+    assert torch.equal(hits(logits, target), hits(logits, F.one_hot(target, classes) * 0.9))
+
+
+def test_what_is_no_number_is_no_hit():
+    nan, target = float('nan'), torch.tensor([0, 0, 1])
+    assert hits(torch.tensor([[nan, 1., 2.], [3., nan, 1.], [nan] * 3]), target).tolist() == [0, 1]
 
 
 def test_average_of_the_weights():

@@ -15,10 +15,15 @@ KINDS = ('time/', 'update/', 'balance/')
 
 
 def hits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many of a batch are right at the first guess, and within five (or as many as there are classes)."""
-    target = target.argmax(1) if target.ndim == 2 else target
-    right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-    return torch.stack([right[:, 0].sum(), right.sum()])
+    """How many of a batch are right at the first guess, and within five (or as many as there are classes).
+
+    By argmax's order, so that guesses and hits agree: of equal logits the first, and what is no number before all.
+    """
+    target = target.argmax(1, keepdim=True) if target.ndim == 2 else target[:, None]
+    own, classes = logits.gather(1, target), torch.arange(logits.shape[1], device=logits.device)
+    before = ~(logits <= own) | (logits == own) & (classes < target)
+    place = before.sum(1)
+    return torch.stack([(place < guesses).sum() for guesses in (1, min(5, logits.shape[1]))])
 
 
 def percentages(sums: dict) -> dict:
