@@ -1,10 +1,12 @@
-"""Images per second of main_distill.py under MGD, fed from a prepared folder, and how long of that it waits for data.
+"""Images per second of main_distill.py under MGD, fed from prepared images, and how long of that it waits for data.
 
 The rate is that of the loop over the second epoch, whose kernels are chosen and whose workers run, while it has data;
-the update of the flow and the evaluation are not in it. The wait for the first batch is in the share: one worker makes
-it alone. So the epoch of the first student, which is judged, is long, and those of the others are shorter. Files are
-few, under many names, and in the system's cache: no disk is measured. While the loop waits, a GPU may still be at work
-on what it was given before, so the share is a bound of what waiting costs.
+the update of the flow and the evaluation are not in it. Images are raw pixels (scripts/prepare.py --format raw). The
+first student's come from loader processes, as from a data set that no GPU can hold; the wait for the first batch, which
+one of them makes alone, is in the share, so its epoch is long. A GPU holds and crops those of the other students: there
+waiting is the time that the host takes to ask for a batch, while the GPU does what it was asked before. Files are few,
+under many names, and in the system's cache: no disk is measured. While the loop waits, a GPU may still be at work on
+what it was given before, so the share is a bound of what waiting costs.
 
 On a CPU, networks and workers share the cores. The sizes there only show that it runs, and nothing is judged.
 """
@@ -28,51 +30,44 @@ from .loader import ROOT, prepare, write_folder
 from .mgd_step import settle
 
 CUDA = {'teacher': 'resnet50', 'students': ('mobilenet_v1', 'mobilenet_v2_mgd', 'shufflenet_v2', 'resnet18'),
-        'size': 224, 'batch': 256, 'images': 128, 'names': 600, 'fewer': 100}
+        'size': 224, 'batch': 256, 'images': 128, 'names': 600, 'fewer': 150, 'flags': ['--fast', '--compile']}
 CPU = {'teacher': 'resnet50', 'students': ('mobilenet_v1',), 'size': 64, 'batch': 8, 'images': 16, 'names': 4,
-       'fewer': 3}
+       'fewer': 3, 'flags': ['--fast', '--no-accel']}
 
 
 def throughput(settings: Settings, **sizes) -> Case:
-    """The first student also trains from raw pixels, which a GPU holds and crops itself.
-
-    There, waiting is the time that the host takes to ask for a batch, while the GPU does what it was asked before.
-    """
     on_cuda = settings.device.type == 'cuda'
     of, kept, facts = SimpleNamespace(**(CUDA if on_cuda else CPU) | sizes), TemporaryDirectory(), {}
     root = Path(kept.name)
     write_folder(root / 'images', of.images, of.images, width=500, height=375)
-    folders = {form: prepare(root / 'images', form) for form in ('jpeg', 'raw')}
-    folders['fewer'] = shutil.copytree(folders['jpeg'], root / 'fewer')
-    for form, names in ('jpeg', of.names), ('fewer', of.fewer), ('raw', of.names // 4):  # the last in a GPU's memory
-        multiply(folders[form], names)
+    folders = {'loader': prepare(root / 'images', 'raw')}
+    folders['device'] = shutil.copytree(folders['loader'], root / 'fewer')
+    for backend, names in ('loader', of.names), ('device', of.fewer):
+        multiply(folders[backend], names)
     torch.save(settled(of.teacher, of.size).state_dict(), root / 'teacher.pth')
-    first, *others = of.students
-    runs = {first: (first, 'jpeg')} | {name: (name, 'fewer') for name in others} | {f'{first} raw': (first, 'raw')}
 
     @cache
-    def update(name: str) -> dict:
+    def update(student: str) -> dict:
         """Seconds of one, and of those the time without data."""
-        (student, form), output = runs[name], Path(kept.name) / name
-        command = [sys.executable, ROOT / 'main_distill.py', folders[form], '--arch', student, '--teacher-arch',
-                   of.teacher, '--teacher-resume', root / 'teacher.pth', '--distiller', 'mgd', '--fast',
-                   '--image-size', of.size, '--batch-size', of.batch, '--num-classes', 1000, '--epochs', 2,
-                   '--lr', 1e-3, '--workers', os.cpu_count(), '--pair-images', of.batch, '--skip-first-evaluation',
-                   '--no-tensorboard', '--seed', 0, '--output', output, *(['--gpu', 0] if on_cuda else ['--no-accel'])]
+        backend, output = 'loader' if student == of.students[0] else 'device', Path(kept.name) / student
+        command = [sys.executable, ROOT / 'main_distill.py', folders[backend], '--arch', student, '--teacher-arch',
+                   of.teacher, '--teacher-resume', root / 'teacher.pth', '--distiller', 'mgd', '--image-size', of.size,
+                   '--batch-size', of.batch, '--num-classes', 1000, '--epochs', 2, '--lr', 1e-3, '--pair-images',
+                   of.batch, '--data-backend', backend, '--workers', os.cpu_count(), '--skip-first-evaluation',
+                   '--no-tensorboard', '--seed', 0, '--output', output, *of.flags, *(['--gpu', 0] if on_cuda else [])]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {'OMP_NUM_THREADS': str(settings.threads)})
         time = json.loads((output / 'log.jsonl').read_text().splitlines()[-1])['train']['time']
-        facts[f'{name}, wait'] = {'images/s': round(of.batch / (time['seconds'] - time['wait']))}
-        print(f'{name}: {facts[f"{name}, wait"]}, waits {time["wait"] / time["seconds"]:.1%}', flush=True)
+        facts[f'{student}, wait'] = {'images/s': round(of.batch / (time['seconds'] - time['wait'])), 'from': backend}
+        print(f'{student}: {facts[f"{student}, wait"]}, waits {time["wait"] / time["seconds"]:.1%}', flush=True)
         return time
 
-    kind = 'bf16' if has_bf16(settings.device) else 'fp32'
-    variants = {}
-    for name in runs:
+    kind, variants = 'bf16' if has_bf16(settings.device) else 'fp32', {}
+    for name in of.students:
         variants[name] = Variant(lambda name=name: (1e3 * update(name)['seconds'], {}), kind)
         variants[f'{name}, wait'] = Variant(lambda name=name: (1e3 * update(name)['wait'], {}), kind)
-    rows = [Row(f'{name}, wait', name, 0.05 if on_cuda and form == 'jpeg' else None, 'share', tolerance=float('inf'))
-            for name, (_, form) in runs.items()]
+    rows = [Row(f'{name}, wait', name, 0.05 if on_cuda else None, 'share', tolerance=float('inf'))
+            for name in of.students]
     return Case(variants, rows, measures=True, facts=facts)
 
 

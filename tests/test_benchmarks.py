@@ -265,7 +265,8 @@ def test_the_real_script_is_fed_and_its_log_read(monkeypatch, in_this_process):
         assert outcome.reached and 0 <= outcome.ratios[0] < 1
         seconds = (outcome.baseline[0] - outcome.ours[0]) / 1e3
         assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
-    assert small.facts.keys() == {f'{first}, wait', f'{first} raw, wait', f'{other}, wait'}
+    assert {name: fact['from'] for name, fact in small.facts.items()} == {
+        f'{first}, wait': 'loader', f'{other}, wait': 'device'}
 
 
 def test_240_epochs_are_told_by_a_few(in_this_process):
