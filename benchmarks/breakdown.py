@@ -7,7 +7,7 @@ Times are those of kernels, and on a CPU of ops, by torch.profiler. Bytes are co
 (no view) takes or gives is read or written once, of one that is picked from only as much as is taken. FLOPs are those
 of products. The bound of a part is the longer of what its bytes take at the rate of a large copy and its FLOPs at that
 of a large product. Both counts are of the step without --compile: fused kernels may stay below such a bound. With it,
-student and losses are one.
+student and losses are one. What MGD adds is told by whole steps with and without it.
 """
 import argparse
 import json
@@ -170,6 +170,10 @@ def main(arguments=None):
     torch.backends.cudnn.benchmark = True  # as the scripts have it; to search takes long, so not for what went before
     spent, kernels = profiled(*made, not args.compile, steps)
     step, _ = timed(training_step(*made), device, steps)
+    bare = training_step(*our_task(settings, sizes, **how, compile=args.compile, distil=False))
+    for _ in range(3):
+        bare()
+    without, _ = timed(bare, device, steps)
 
     total, rows = sum(spent[part]['ms'] for part in counts), []
     for part, (ops, moved, flops) in counts.items():
@@ -182,7 +186,8 @@ def main(arguments=None):
     record = {'command': sys.argv, 'git': git_revision(), 'device': device_name(settings), 'versions': versions(),
               **sizes, **how, 'compile': args.compile,
               'copy, GB/s': bytes_per_ms / 1e6, f'product in {kind}, TFLOP/s': flops_per_ms / 1e9,
-              'a step, ms': step, 'its parts, ms': total, 'images/s': 1e3 * sizes['batch'] / step}
+              'a step, ms': step, 'images/s': 1e3 * sizes['batch'] / step, 'without MGD, ms': without,
+              'MGD adds': step / without - 1, 'its parts, ms': total}
     print(*(f'{key}: {value:.4g}' if isinstance(value, float) else f'{key}: {value}' for key, value in record.items()),
           '', f'{"part":<30}' + ''.join(f'{key:>12}' for key in list(rows[0])[1:]), sep='\n')
     for row in rows:

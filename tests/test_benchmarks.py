@@ -245,6 +245,7 @@ def test_a_step_is_taken_apart(tmp_path, capsys, monkeypatch):
     assert [parts[part]['GFLOP'] for part in ('losses, forward', 'losses, backward', 'optimizer')] == [0, 0, 0]
     trained = sum(p.numel() for p in student.parameters()) + 2 * sum(student.feature_channels)
     assert parts['optimizer']['MB'] == pytest.approx(5 * 4 * trained / 1e6, rel=0.01)  # three are read, two written
+    assert record['a step, ms'] == record['without MGD, ms'] == 1000 and record['MGD adds'] == 0  # by this clock
     assert len(record['kernels']) == 10 and 'student, backward' in capsys.readouterr().out
 
 
