@@ -50,6 +50,7 @@ bench mgd-step 180
 bench cifar-run 200  # most of it is compiling, and filling the teacher's table
 bench throughput 300  # five runs of the script
 bench mgd-overhead 150
+part curves 240 "$python" -m benchmarks.curves --device cuda --jobs 6 --train 200 --output "$work/curves"
 bench memory 120
 profile profile-bf16-compiled 150 --amp bf16 --compile  # most of it is compiling
 profile profile-fp32 90

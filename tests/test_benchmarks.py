@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import CASES, breakdown, harness
+from benchmarks import CASES, breakdown, curves, harness
 from benchmarks.breakdown import Counter
 from benchmarks.cifar_data import cifar_data
 from benchmarks.cifar_kd import cifar_kd
@@ -268,6 +269,28 @@ def test_the_real_script_is_fed_and_its_log_read(monkeypatch, in_this_process):
         assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
     assert {name: fact['from'] for name, fact in small.facts.items()} == {
         f'{first}, wait': 'loader', f'{other}, wait': 'device'}
+
+
+def test_curves_agree_as_those_of_other_seeds_do(monkeypatch, tmp_path, capsys):
+    """Of losses that are made up: one option is in the middle of the seeds, one four deviations off."""
+    seeds = {str(seed): [math.exp(1 + 0.1 * (seed - 2)), math.exp(0.2 * (seed - 2))] for seed in range(curves.SEEDS)}
+    off = {'--fast': [math.exp(1 + 0.4 * 2.5**0.5), math.exp(0.8 * 2.5**0.5)], '--channels-last': [math.e, 1.0]}
+    arguments = ['--output', str(tmp_path), '--options', *(name[2:] for name in off), '--jobs', '1']
+
+    def run(command, **_):
+        words = [*map(str, command[1:])]
+        if '--output' in words:
+            assert words[0] == 'main_base.py' or str(tmp_path / 'teacher' / 'last.pth') in words
+            folder, flag = Path(words[words.index('--output') + 1]), next((word for word in words if word in off), None)
+            losses = off[flag] if flag else seeds[words[words.index('--seed') + 1]]
+            folder.mkdir()
+            (folder / 'log.jsonl').write_text(''.join(json.dumps({'train': {'loss': loss}}) + '\n' for loss in losses))
+        return SimpleNamespace(returncode=0, stdout='')
+    monkeypatch.setattr('subprocess.run', run)
+    assert curves.main(arguments) == 1
+    found = json.loads((tmp_path / 'curves.json').read_text())['options']
+    assert [found[name]['deviations'] for name in off] == pytest.approx([4, 0])
+    assert re.findall(r'(TOO FAR|ok)$', capsys.readouterr().out, re.MULTILINE) == ['TOO FAR', 'ok']
 
 
 def test_240_epochs_are_told_by_a_few(in_this_process):
