@@ -52,7 +52,9 @@ def worker(args, device):
 
     # what trains it
     ema = make_ema(student, args)
-    task = distributed.wrap(setup.compiled(Supervised(student, args.label_smoothing), args), device, args)
+    task = Supervised(student, args.label_smoothing)
+    train.refuse_single_values(task, args)
+    task = distributed.wrap(setup.compiled(task, args), device, args)
     optimizer = make_optimizer(task, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     run.restore(model=student, optimizer=optimizer, scaler=scaler, ema=ema)

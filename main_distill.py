@@ -135,6 +135,7 @@ def worker(args, device):
             distillation.know(torch.tensor(train.images.source.targets, device=device))
             if unreached := distillation.freeze_unreached():
                 distributed.say(f"note: {unreached:,} of the student's parameters are in no loss, and stay as they are")
+            train.refuse_single_values(distillation, args)
         if args.cache_teacher == 'off' and not args.evaluate:
             distillation.stand_in = lean_teacher(distillation, teacher, device, args)
         if args.teacher_stream:

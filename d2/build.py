@@ -63,6 +63,9 @@ def build_method(name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode
     method = DISTILLERS[name](*views, **arguments(name, cfg))
     if method.batch_statistics:
         raise ValueError(f'{name} would normalise the teacher by the batch, but a detector has frozen norms')
+    if not getattr(method, 'per_sample', True):
+        raise ValueError(f'MODEL.DISTILL.{name.upper()}.BETA batch is a mean over the images of a batch, and what '
+                         'detectors classify are boxes, on each rank another number of them: take sample')
     return method
 
 

@@ -30,6 +30,7 @@ class Distiller(nn.Module):
     trains_teacher = False  # whether the second network learns, too
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
+    teacher_kept = ''  # what it takes over from the second network before the first epoch, to go by it to the end
     pairing: list[tuple[int, int]] = []  # noqa: RUF012, the student's and the teacher's stages that forward compares
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
@@ -71,6 +72,10 @@ class Distillation(nn.Module):
         methods = distillers.values()
         self.trains_teacher = any(distiller.trains_teacher for distiller in methods)
         self.batch_statistics = any(distiller.batch_statistics for distiller in methods)
+        for name, distiller in distillers.items():
+            if self.trains_teacher and distiller.teacher_kept:
+                raise ValueError(f"{name} goes by the teacher's {distiller.teacher_kept} of the beginning, and beside "
+                                 'dml the teacher learns: leave one of the two methods out')
         if self.trains_teacher:
             self.teacher = teacher.requires_grad_()
         else:  # not a submodule: no optimizer, checkpoint, DDP or train() ever meets it; whoever built it moves it

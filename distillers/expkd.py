@@ -31,6 +31,8 @@ class ExpKD(Distiller):
     relu: whether what speaks against a class counts as silence
     """
 
+    teacher_kept = 'classifier'
+
     def __init__(self, student, teacher, *, weight=1.0, temperature=1.0, topk=0,
                  reduce: Literal['mean', 'sum'] = 'mean', relu=True):
         super().__init__()

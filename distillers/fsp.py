@@ -46,6 +46,5 @@ class FSP(Distiller):
 def flows(maps):
     """FSP matrices [N, C_i, C_{i+1}] of consecutive maps."""
     with torch.autocast(maps[0].device.type, enabled=False):
-        for pair in pairwise(maps):
-            a, b = (f.flatten(2) for f in smaller(*pair))
-            yield a @ b.mT / a.shape[2]
+        pairs = [[f.flatten(2) for f in smaller(*pair)] for pair in pairwise(maps)]
+        return [a @ b.mT / a.shape[2] for a, b in pairs]

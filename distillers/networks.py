@@ -48,14 +48,15 @@ def build_student(args, classes, pretrained=False, shows=False):
 
 def build_teacher(args, classes, pretrained=False, shows=False):
     """The teacher, for the student's images: it gets them normalised, and of the size, as it was trained."""
-    methods = getattr(args, 'distiller', [])
-    if needy := [name for name in methods if 'logits' in (DISTILLERS[name].teacher_reads or ())]:
-        if classes < 2:
-            sys.exit(f'error: --distiller {" ".join(needy)} compares classes, and there is one')
-        if pretrained and starts_fresh(args.teacher_arch, classes):
-            sys.exit(f'error: as published {args.teacher_arch} does not know these {classes} classes, but --distiller '
-                     f'{" ".join(needy)} reads its logits: train it on them (main_base.py --arch {args.teacher_arch} '
-                     '--pretrained), and name its weights with --teacher-resume')
+    methods = {name: DISTILLERS[name] for name in getattr(args, 'distiller', [])}
+    needy = [name for name, method in methods.items() if 'logits' in (method.teacher_reads or ())]
+    if needy and classes < 2:
+        sys.exit(f'error: --distiller {" ".join(needy)} compares classes, and there is one')
+    needy += [name for name, method in methods.items() if method.teacher_kept == 'classifier']
+    if needy and pretrained and starts_fresh(args.teacher_arch, classes):
+        sys.exit(f'error: as published {args.teacher_arch} does not know these {classes} classes, but --distiller '
+                 f'{" ".join(needy)} goes by its classifier: train it on them (main_base.py --arch {args.teacher_arch} '
+                 '--pretrained), and name its weights with --teacher-resume')
     network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
     mean, std, size = published = images_of(network) or (*given, args.image_size)
     if not pretrained:  # weights from a file need not be from where the network is

@@ -29,6 +29,7 @@ class OFD(Distiller):
     """
 
     teacher_reads = ('preact',)
+    teacher_kept = 'margins'
 
     def __init__(self, student, teacher, *, weight=1e-3, teacher_bn: Literal['eval', 'batch'] = 'eval',
                  pairing: Pairing = 'depth'):

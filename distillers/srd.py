@@ -24,6 +24,8 @@ class SRD(Distiller):
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
 
+    teacher_kept = 'classifier'
+
     def __init__(self, student, teacher, *, feat: Literal['mean', 'full'] = 'mean',
                  logit: Literal['mse', 'dist', 'kl', 'pmse'] = 'mse', feature_weight=1.0, logit_weight=1.0,
                  temperature=4.0, local=False):

@@ -22,6 +22,8 @@ class SRDwithDIST(Distiller):
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
 
+    teacher_kept = 'classifier'
+
     def __init__(self, student, teacher, *, alpha=1.0, inter=10.0, intra=10.0, local=False):
         super().__init__()
         positive(**{'alpha + inter + intra': alpha + inter + intra})

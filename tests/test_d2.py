@@ -562,6 +562,7 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.PERIODS', (5,)], 'one more than STEPS'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.LAST_NORM', 'LN'], 'LAST_NORM'),
     ('dkd_fasterrcnn_R18_R101', ['MODEL.ROI_HEADS.NUM_CLASSES', 2], 'student has 2 classes, the teacher 3'),
+    ('dkd_fasterrcnn_R18_R101', ['MODEL.DISTILL.METHODS', ('edkd',), 'MODEL.DISTILL.EDKD.BETA', 'batch'], 'sample'),
 ])
 def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, name, options, complaint):
     for name_ in ('default_setup', 'setup_logger'):

@@ -9,6 +9,7 @@ from conftest import QUICK, ROOT, assert_same, script, signal_in_update, start, 
 from distillers import Distillation
 from models import create_model
 from utils import signals
+from utils.data import TrainData
 
 PAIR = ['--teacher-arch', 'resnet14']  # teaches resnet8
 
@@ -88,9 +89,32 @@ def test_images_and_teacher_may_move_but_not_change(distill, images, teacher, tm
     assert moved.code == 0 and 'resumed from' in moved.out
 
 
-def test_logits_of_a_teacher_that_does_not_know_the_classes_are_refused(distill, images, tmp_path):
-    run = distill(images, *PAIR, '--distiller', 'mgd', 'dkd', '--output', tmp_path / 'o')
-    assert run.code == 1 and '--distiller dkd reads its logits' in run.err and not (tmp_path / 'o').exists()
+@pytest.mark.parametrize('name', ['dkd', 'simkd', 'srd', 'srdwithdist', 'expkd'])
+def test_a_classifier_that_does_not_know_the_classes_is_refused(distill, images, tmp_path, name):
+    run = distill(images, *PAIR, '--distiller', 'mgd', name, '--output', tmp_path / 'o')
+    assert run.code == 1 and f'--distiller {name} goes by its classifier' in run.err and not (tmp_path / 'o').exists()
+
+
+@pytest.mark.parametrize('student, teacher_arch, method', [
+    ('torchvision:squeezenet1_1', 'resnet8', 'srd'), ('resnet8', 'resnet18', 'dml'),
+    ('resnet8', 'resnet18', 'ofd --ofd-teacher-bn batch'), ('resnet8', 'resnet18', 'fitnet --fitnet-stage 3')])
+def test_one_image_in_the_last_batch_of_whatever_trains(distill, tmp_path, student, teacher_arch, method):
+    """Maps of one pixel before a norm of the method's, or of a teacher that goes by the batch."""
+    run = distill('--dataset', 'cifar10', '--dummy', '--dummy-images', 17, '-b', 8, '--epochs', 1, '--arch', student,
+                  '--teacher-arch', teacher_arch, '--distiller', *method.split(), '--output', tmp_path / 'o')
+    assert run.code == 1 and 'error: the last batch of an epoch has 1 of the 17 images' in run.err, run.err
+    assert 'Epoch 0' not in run.out and not (tmp_path / 'o').exists()
+
+
+def test_a_try_with_one_image_leaves_no_trace(distill, tmp_path, monkeypatch):
+    """Neither in the student's norms nor in a memory; without it the run ends with the same bits."""
+    flags = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 9, '-b', 8, '--epochs', 1, '--seed', 1, '--arch',
+             'resnet8', '--teacher-arch', 'resnet8', '--distiller', 'crd', 'mgd', '--crd-negatives', 4]
+    tried = distill(*flags, '--output', tmp_path / 'a')
+    monkeypatch.setattr(TrainData, 'refuse_single_values', lambda *_: None)
+    plain = distill(*flags, '--output', tmp_path / 'b')
+    assert tried.code == plain.code == 0, tried.err + plain.err
+    assert_same(tried.weights(), plain.weights())
 
 
 def test_distillation_moves_the_student_towards_the_teacher(distill, images, teacher, tmp_path):

@@ -160,17 +160,47 @@ def test_targets_may_be_shares_of_the_classes(name):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_all_of_them_together():
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_it_leaves_autocast_as_it_was(name):
+    task = build(name)
+    with torch.autocast('cpu', torch.bfloat16):
+        task(zoo.make_batch())
+        assert torch.is_autocast_enabled('cpu')
+
+
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('teacher_learns', [False, True])
+def test_all_of_them_together(teacher_learns, amp):
     student, teacher = zoo.make('same')
     torch.manual_seed(0)
-    methods = {name: method(student, teacher) for name, method in DISTILLERS.items() if not adapts(method)}
+    methods = {name: method(student, teacher) for name, method in DISTILLERS.items()
+               if not (adapts(method) or (method.teacher_kept if teacher_learns else method.trains_teacher))}
     task = Distillation(student, teacher, methods)
     task.know(torch.arange(40) % zoo.CLASSES)
     task.start_epoch(1, lambda: [zoo.make_batch()])
-    losses = task(zoo.make_batch())[1]
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        losses = task(zoo.make_batch())[1]
     sum(losses.values()).backward()
     assert all(any(key.startswith(name) for key in losses) for name in methods)
     assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize('name', [name for name, method in DISTILLERS.items() if method.teacher_kept])
+def test_what_goes_by_the_first_teacher_refuses_one_that_learns(name):
+    """With what it holds of the teacher beside what the teacher has become."""
+    student, teacher = zoo.make('same')
+    methods = {'dml': DISTILLERS['dml'](student, teacher), name: DISTILLERS[name](student, teacher)}
+    with pytest.raises(ValueError, match=f"{name} goes by the teacher's {DISTILLERS[name].teacher_kept}"):
+        Distillation(student, teacher, methods)
+
+
+def test_what_copies_weights_of_the_teacher_says_so():
+    for name, method in DISTILLERS.items():
+        student, teacher = zoo.make('same')
+        weights, distiller = [x.clone() for x in teacher.parameters()], method(student, teacher)
+        held = [x.shape for x in (*distiller.buffers(), *distiller.parameters())
+                if any(x.numel() > 1 and x.shape == y.shape and torch.equal(x, y) and y.std() > 0 for y in weights)]
+        assert not held or distiller.teacher_kept == 'classifier', name
 
 
 @pytest.mark.parametrize('name', DISTILLERS)

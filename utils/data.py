@@ -4,6 +4,7 @@ A loader yields Batch: images are uint8 until Prepare has them on the device, wh
 at once. Samples are asked for by (epoch, index), so the augmentation is a function of (seed, epoch, index) whichever
 process does it, or the device itself.
 """
+import copy
 import hashlib
 import sys
 import warnings
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
@@ -175,25 +175,23 @@ class TrainData:
         return len(bad)
 
     @torch.no_grad()
-    def refuse_single_values(self, network: nn.Module, args):
+    def refuse_single_values(self, task: nn.Module, args):
         """BatchNorm takes no statistics from a map of one pixel of one image; an epoch would end in that."""
         left = self.order.length % self.order.batch or self.order.batch
         if left >= 2 * self.order.world or args.sync_bn:
             return
-        single = []
-
-        def note(norm, inputs):
-            if inputs[0].numel() == inputs[0].shape[1]:
-                single.append(norm)
-        hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, _BatchNorm)]
-        network.eval().forward(torch.zeros(1, 3, args.image_size, args.image_size,
-                                           device=next(network.parameters()).device))
-        network.train()
-        for hook in hooks:
-            hook.remove()
-        if any(norm.training for norm in single):
+        state, device = copy.deepcopy(task.state_dict()), next(task.parameters()).device
+        image = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
+        number = torch.tensor([0], device=device)
+        try:
+            with torch.compiler.set_stance('force_eager'):
+                task.train()(Batch(image, number, number, number))
+        except ValueError as error:
+            if 'more than 1 value per channel' not in str(error):
+                raise
             distributed.stop(f'the last batch of an epoch has {left} of the {self.order.length} images, and from 1 '
-                             f'image on a rank a BatchNorm of {args.arch} cannot take statistics: take another -b')
+                             'image on a rank a BatchNorm cannot take statistics: take another -b')
+        task.load_state_dict(state)
 
     def resident(self, device) -> Resident:
         return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)

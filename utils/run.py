@@ -136,7 +136,6 @@ class Run:
         for name, fact in self.facts.items():
             if len(set(distributed.gather(fact))) > 1:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
-        train.refuse_single_values(student, args)
         self.progress['best'] = distributed.from_main(self._begin)
         distributed.say(
             f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
