@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 75
 STOPPED = (INTERRUPTED, -signal.SIGTERM)  # the latter before it could heed one
 EVERY = 30  # seconds between two reports
-OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e')
+OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e', '--inspect')
 
 
 def spelt_out(flags: list[str]) -> list[str]:
@@ -88,13 +88,18 @@ class Job:
         if result.get('finished') and [Path(word).name for word in made[:1]] + made[1:] == self.command:
             self.state = 'finished before'
 
-    def start(self, environment):
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def start(self, environment) -> bool:
         script, *words = self.command
-        with open(self.folder / 'out.txt', 'a') as out:  # a session of its own: Ctrl-C is ours to pass on, once
-            self.process = subprocess.Popen([sys.executable, str(ROOT / script), *words], stdout=out,
-                                            stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        self.state = 'starts'
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / 'out.txt', 'a') as out:  # a session of its own: Ctrl-C is ours to pass on, once
+                self.process = subprocess.Popen([sys.executable, str(ROOT / script), *words], stdout=out,
+                                                stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        except OSError as error:
+            self.state = f'failed: cannot write to {error.filename}: {error.strerror}'
+        else:
+            self.state = 'starts'
+        return self.process is not None
 
     def look(self):
         """Whether it still goes on; its state is its last line."""
@@ -145,7 +150,8 @@ def train(jobs, count, gpus) -> int:
             if job.process.poll() is None:
                 job.process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    heeded = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
+    before = {number: signal.signal(number, forward) for number in heeded}
     waiting, failed = [job for job in jobs if job.state == 'waits'], set()
     for job in jobs:
         if job not in waiting:
@@ -156,9 +162,11 @@ def train(jobs, count, gpus) -> int:
                 job = waiting.pop(0)
                 threads = {'OMP_NUM_THREADS': str(max((os.cpu_count() or 1) // count, 1))}
                 gpu = {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {}
-                job.start(threads | os.environ | gpu)
+                if job.start(threads | os.environ | gpu):
+                    running[slot] = job
+                else:
+                    failed.add(job.method)
                 view.tell(job)
-                running[slot] = job
         for slot, job in list(running.items()):
             if job.look():
                 continue
@@ -193,6 +201,9 @@ def write_report(jobs):
         return ways, teacher
     except SystemExit:  # has said why
         return None
+    except OSError as error:
+        print(f'the report cannot be written: {error}', file=sys.stderr)
+        return None
 
 
 def main():
@@ -213,11 +224,16 @@ def main():
     parser.add_argument('--share-teacher', action='store_true', help="CIFAR: methods that read the teacher's logits or "
                         'pooled features alone share them in files (--cache-teacher lazy)')
     args = parser.parse_args(words)
-    for name in {part for method in args.methods for part in method.split('+')} - {'alone'}:
+    for name in {part for method in args.methods if method != 'alone' for part in method.split('+')}:
         if name not in DISTILLERS:
             parser.error(f'{name} is no method; python main_distill.py --list-distillers names them')
-    if unknown := [name for name, _ in args.flags if name not in args.methods]:
-        parser.error(f'--flags {unknown[0]}: not among --methods')
+    for name, words in args.flags:
+        if name not in args.methods:
+            parser.error(f'--flags {name}: not among --methods')
+        try:
+            shlex.split(words)
+        except ValueError as error:
+            parser.error(f'--flags {name} {words}: {error}')
     if taken := [word for word in flags if word.partition('=')[0] in OURS]:
         parser.error(f'{taken[0]} is for compare.py to give')
     if args.jobs < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.methods}) < len(args.methods):
@@ -229,10 +245,13 @@ def main():
     if written := write_report(jobs):
         ways, teacher = written
         print('\n' + table(teacher + ways))
-        if find_spec('matplotlib'):
-            report.draw(ways, teacher).savefig(args.output / 'curves.png', dpi=150)
-            print(f'\ncurves: {args.output / "curves.png"}', end='')
         print(f'\nreport: {args.output / "report.html"}')
+        if find_spec('matplotlib'):
+            try:
+                report.draw(ways, teacher).savefig(args.output / 'curves.png', dpi=150)
+                print(f'curves: {args.output / "curves.png"}')
+            except OSError as error:
+                print(f'the curves cannot be drawn: {error}', file=sys.stderr)
     if code == INTERRUPTED:
         print('stopped by a signal; the same command goes on', file=sys.stderr)
     sys.exit(code)

@@ -78,7 +78,10 @@ def export(options):
         args.dummy, args.dummy_images = True, 4 * CHECKED
     view = (CenterView if args.dataset == 'imagefolder' else PlainView)(args.image_size)
     valid, prepare = Images(load_source(args, train=False), view), Prepare(args, torch.device('cpu'))
-    images = some(valid, CHECKED, prepare)
+    try:
+        images = some(valid, CHECKED, prepare)
+    except RuntimeError as error:  # not one can be read
+        sys.exit(f'error: {error}')
     mean, std = STATISTICS[args.dataset]
     meta = {'arch': args.arch, 'classes': name_classes(valid.source.classes if real else record.get('classes', []),
                                                          outputs, args),
@@ -97,14 +100,14 @@ def export(options):
         if small:
             rows += eight_bits(small, network, args, valid, prepare, meta)
         os.replace(unchecked, file)
+        how = LOAD[options.format].format(file=file.name, construct=construct)
+        told = facts(args, path, record, network, meta)
+        file.with_name(file.name + '.md').write_text(card(file, small, args, told, meta, rows, how))
     except (OSError, RuntimeError) as error:  # exporters' own errors are RuntimeErrors
         sys.exit(f'error: cannot write {file}: {str(error).strip().splitlines()[0]}')
     finally:
         checkpoint.remove(unchecked)
     print(*rows, sep='\n')
-    how = LOAD[options.format].format(file=file.name, construct=construct)
-    told = facts(args, path, record, network, meta)
-    file.with_name(file.name + '.md').write_text(card(file, small, args, told, meta, rows, how))
     print(f'{file}: {file.stat().st_size:,} bytes; {file.name}.md tells of it'
           + (f'; {small}: {small.stat().st_size:,} bytes' if small else ''))
 

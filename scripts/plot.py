@@ -22,6 +22,7 @@ STYLE = {
     'font.size': 9, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold',
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '0.6', 'axes.grid': True,
     'grid.color': '0.92', 'xtick.color': '0.35', 'ytick.color': '0.35', 'legend.frameon': False, 'lines.linewidth': 1.6,
+    'text.parse_math': False,  # a name may have two $ in it
 }
 
 

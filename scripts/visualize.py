@@ -136,7 +136,7 @@ def draw_tsne(seen: Seen):
     for axes, name, logits, y in zip(panels, seen.names, seen.logits, (teacher, student @ left @ right)):
         for c, colour in zip(targets.unique().tolist(), matplotlib.colormaps['tab10'].colors):
             axes.scatter(*y[targets == c].T, s=max(4, min(36, 6000 / len(y))), color=colour, alpha=0.8, linewidths=0,
-                         label=seen.classes[c])
+                         label=' ' * seen.classes[c].startswith('_') + seen.classes[c])  # which a legend leaves out
         axes.set_title(f'{name}, top-1 {100 * (logits.argmax(1) == seen.targets).float().mean():.2f} %')
         axes.set(xticks=[], yticks=[], aspect='equal')
         axes.spines[:].set_visible(False)

@@ -30,8 +30,7 @@ class Run:
         self.seed = self.result.get('seed', self.arguments.get('seed'))
         self.finished = bool(self.result.get('finished'))
         self.stopped = (folder / 'interrupted').exists()
-        log = folder / 'log.jsonl'
-        self.records = records(log.read_text(errors='replace').splitlines())[0] if log.exists() else []
+        self.records = records(lines_of(folder / 'log.jsonl'))[0]
         self.images = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
         self.contents = self.result.get('images')  # a hash of all
         self.predictions = read_npz(folder / 'predictions.npz')
@@ -90,6 +89,15 @@ class Way:
         return {'name': self.name, 'colour': self.colour, 'runs': [run.curve(*keys) for run in self.runs]}
 
 
+def lines_of(path):
+    try:
+        return path.read_text(errors='replace').splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        refuse(f'{path}: {error.strerror}')
+
+
 def read_npz(path):
     try:
         with np.load(path) as arrays:
@@ -103,7 +111,7 @@ def by_way(folders):
     """Runs in the order given. Those that differ in more than the seed are no sample of one thing."""
     ways = {}
     for folder in folders:
-        held = {path.name for path in folder.iterdir()} - {'.lock'} if folder.is_dir() else {'nothing'}
+        held = {path.name for path in folder.iterdir()} - {'.lock', 'out.txt'} if folder.is_dir() else {'nothing'}
         if held and not held & {'args.json', 'result.json', 'log.jsonl'}:  # an empty one is of a run to come
             refuse(f'{folder} is not the folder of a run')
         ways.setdefault(re.sub(r'-\d+$', '', folder.resolve().name), []).append(Run(folder))

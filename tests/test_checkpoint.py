@@ -139,6 +139,13 @@ def test_a_folder_that_went_away_is_one_line(tmp_path):
         checkpoint.write(tmp_path / 'gone' / 'x.json', b'')
 
 
+def test_a_student_that_predicts_through_its_method_says_which():
+    layer = torch.nn.Linear(2, 2)
+    weights = {'student.weight': layer.weight, 'distillers.simkd.projector.0.weight': layer.weight}
+    with pytest.raises(ValueError, match=r'through its method: main_distill\.py --distiller simkd'):
+        checkpoint.fit(layer, weights, 'some.pth')
+
+
 def test_weights_that_are_not_finite_are_refused():
     layer = torch.nn.Linear(2, 2)
     weights = {k: v.clone() for k, v in layer.state_dict().items()}

@@ -191,7 +191,8 @@ def test_without_its_data_it_is_checked_on_noise(plain, images, ship, tmp_path):
 @pytest.mark.parametrize('what, says', [
     ('missing', 'does not exist'), ('torn', 'damaged'), ('alone', 'no args.json'), ('other', 'holds no state_dict'),
     ('scalar', 'no classifier'), ('foreign', 'does not fit'), ('itself', 'it is what is exported'),
-    ('nowhere', 'is no folder'), ('classes', 'has 2 classes, the network 3')])
+    ('nowhere', 'is no folder'), ('classes', 'has 2 classes, the network 3'), ('card', 'Is a directory'),
+    ('unreadable', 'not one image can be read')])
 def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path):
     for name in ('args.json', 'best.pth', 'result.json'):
         shutil.copy(plain / name, tmp_path)
@@ -212,9 +213,17 @@ def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path)
             shutil.copytree(images / split / 'ant', tmp_path / 'data' / split / 'ant')
             shutil.copytree(images / split / 'bee', tmp_path / 'data' / split / 'bee')
         args += ['--images', tmp_path / 'data']
+    elif what == 'card':
+        (tmp_path / 'card.pth.md').mkdir()
+        args += ['-o', tmp_path / 'card.pth']
+    elif what == 'unreadable':
+        shutil.copytree(images, tmp_path / 'data')
+        for image in (tmp_path / 'data' / 'valid').rglob('*.*'):
+            image.write_bytes(b'')
+        args += ['--images', tmp_path / 'data']
     else:
         torch.save({'other': [1, 2], 'scalar': {'model': {'x': torch.zeros(())}},
                     'foreign': create_model('resnet8', 3).state_dict()}[what], best)
     made = ship(tmp_path, *args)
     assert made.code == 1 and says in made.err and made.err.count('\n') == 1, made.err
-    assert not list(tmp_path.glob('*.md')) and not list(tmp_path.glob('unchecked*'))
+    assert not [path for path in tmp_path.glob('*.md') if path.is_file()] and not list(tmp_path.glob('unchecked*'))

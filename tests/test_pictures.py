@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,17 @@ def test_pictures_of_two_networks(visual, tmp_path, monkeypatch):
     expected = torch.stack([(networks[0].classifier.weight[c][:, None, None] * f).sum(0).relu()
                             for c, f in zip(guess, s.head)]).detach()
     torch.testing.assert_close(seen.cams[1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_class_is_in_the_legend():
+    torch.manual_seed(0)
+    classes, targets = ['$5_to_$9', '_under', 'plain'], torch.arange(12) % 3
+    seen = SimpleNamespace(classes=classes, targets=targets, placed=list(range(12)), names=('teacher', 'student'),
+                           pooled=[torch.randn(12, 4)] * 2, logits=[torch.randn(12, 3)] * 2)
+    with visualize.plt.rc_context(visualize.STYLE):
+        figure = visualize.draw_tsne(seen)
+        figure.canvas.draw()
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == classes
 
 
 def test_pictures_of_networks_from_elsewhere(visual, tmp_path, monkeypatch):

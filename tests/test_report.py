@@ -121,6 +121,9 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(tell, tmp_path):
     taught = made_run(tmp_path / 'dkd-0', 'net', 0, 3, method='dkd', teacher_resume=str(elsewhere / 'last.pth'))
     assert 'different data' in tell(taught, '--teacher', elsewhere, '-o', tmp_path / 'a.html').err
     assert tell(taught, '-o', tmp_path / 'b.html').code == 0  # nobody asked for it
+    (first / 'log.jsonl').unlink()
+    (first / 'log.jsonl').mkdir()
+    assert 'log.jsonl: Is a directory' in tell(first, '-o', tmp_path / 'a.html').err
     for no_run in (tmp_path / 'nowhere', tmp_path):
         assert 'is not the folder' in tell(no_run).err and not (tmp_path / 'a.html').exists()
 
@@ -362,12 +365,13 @@ time.sleep(20 if '--wait' in sys.argv else 0)
     return tmp_path
 
 
-def test_a_signal_stops_all_runs_and_the_exit_code_says_so(contrast, stand_in):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_all_runs_and_the_exit_code_says_so(contrast, stand_in, number):
     def interrupt():
         outs = [stand_in / 'runs' / name / 'out.txt' for name in ('alone-0', 'kd-0')]
         while not all(out.exists() and out.read_text() for out in outs):
             threading.Event().wait(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
     before = signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
     done = contrast('--methods', 'alone', 'kd', '--seeds', 0, 1, '--jobs', 2, '--output', stand_in / 'runs',
@@ -387,6 +391,18 @@ def test_a_method_that_fails_leaves_the_others_alone(contrast, stand_in):
                     '--flags', 'kd', '--fail', '--', '--dummy')
     assert done.code == 1 and 'kd-0 failed' in done.err and 'of no use' in done.err
     assert 'kd-1: left out' in done.out and done.out.count(': ready') == 2
+    assert 'is not the folder of a run' not in done.err and (stand_in / 'runs' / 'report.html').exists()
+    assert '| kd ' in done.out
+
+
+def test_a_place_that_cannot_be_written_to_stops_no_other_run(contrast, stand_in):
+    runs = stand_in / 'runs'
+    runs.mkdir()
+    (runs / 'kd-0').touch()
+    (runs / 'report.html').mkdir()
+    done = contrast('--methods', 'kd', 'alone', '--seeds', 0, '--output', runs, '--', '--dummy')
+    assert done.code == 1 and f'kd-0: failed: cannot write to {runs / "kd-0"}: File exists' in done.out
+    assert 'alone-0: ready' in done.out and 'the report cannot be written' in done.err
 
 
 @pytest.mark.parametrize('args, complaint', [
@@ -394,6 +410,9 @@ def test_a_method_that_fails_leaves_the_others_alone(contrast, stand_in):
     (['--methods', 'kd', '--flags', 'mgd', '--x'], 'not among --methods'),
     (['--methods', 'kd', '--', '--seed', '3'], '--seed is for compare.py to give'),
     (['--methods', 'kd', 'kd'], 'twice'),
+    (['--methods', 'alone+kd'], 'alone is no method'),
+    (['--methods', 'kd', '--flags', 'kd', "--kd-weight '2"], "--kd-weight '2: No closing quotation"),
+    (['--methods', 'kd', '--', '--inspect'], '--inspect is for compare.py to give'),
 ])
 def test_what_cannot_be_compared_is_said_in_a_line(contrast, tmp_path, args, complaint):
     done = contrast('--output', tmp_path, *args)

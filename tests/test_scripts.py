@@ -39,12 +39,12 @@ def test_an_interrupted_drawing_is_drawn_again(tmp_path):
 
 
 def test_curves_of_runs_also_of_one_that_goes_on(tmp_path):
-    for name, half in (('a', ''), ('b', '{"epoch": 2, "lr"')):
+    for name, half in (('a', ''), ('$5_to_$9', '{"epoch": 2, "lr"')):  # which is no formula
         (tmp_path / name).mkdir()
         records = [{'epoch': e, 'lr': 0.1, 'train': {'loss': 2.0 - e, 'top1': 10 * e, 'top5': 50},
                     'valid': {'loss': 2.0, 'top1': 9.0 * e, 'top5': 50.0}, 'seconds': e} for e in range(2)]
         (tmp_path / name / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records) + half)
-    drawn = tool('plot.py', tmp_path / 'a', tmp_path / 'b', '-o', tmp_path / 'curves.png')
+    drawn = tool('plot.py', tmp_path / 'a', tmp_path / '$5_to_$9', '-o', tmp_path / 'curves.png')
     assert drawn.returncode == 0 and (tmp_path / 'curves.png').read_bytes()[:4] == b'\x89PNG'
     drawn = tool('plot.py', tmp_path / 'a', '-o', tmp_path / 'plain')
     assert drawn.stdout == f'{tmp_path / "plain.png"}\n' and (tmp_path / 'plain.png').exists()

@@ -44,7 +44,7 @@ def write(path: Path, content):
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch turns some write errors into RuntimeError
         remove(temporary)
-        sys.exit(f'error: cannot write {path}: {_line(error)} ({free(path)}); the files that were there are intact')
+        sys.exit(f'error: cannot write {path}: {why(error, path)}; the files that were there are intact')
 
 
 def append(path: Path, line: str):
@@ -52,13 +52,17 @@ def append(path: Path, line: str):
         with open(path, 'a') as f:
             f.write(line)
     except OSError as error:
-        sys.exit(f'error: cannot write {path}: {_line(error)} ({free(path)}); the last checkpoint is intact')
+        sys.exit(f'error: cannot write {path}: {why(error, path)}; the last checkpoint is intact')
 
 
 def remove(path: Path):
     """If it is there, and as far as the disk lets us."""
     with suppress(OSError):
         path.unlink()
+
+
+def why(error: Exception, path: Path) -> str:
+    return f'{_line(error)}' + f' ({free(path)})' * (not isinstance(error, PermissionError))
 
 
 def free(path: Path) -> str:
@@ -97,6 +101,8 @@ def read(path: Path) -> dict:
     except pickle.UnpicklingError:
         raise ValueError(f'{path} is refused: it is damaged, or holds more than tensors and plain values, and loading '
                          'that could run code; save the bare state_dict where you trust it') from None
+    except PermissionError as error:
+        raise ValueError(f'{path} cannot be read: {error.strerror}') from None
     except Exception as error:  # there is no end to what a broken file can raise
         raise ValueError(f'{path} is damaged or no checkpoint: {_line(error).partition(". ")[0]}') from None
 
@@ -159,6 +165,8 @@ def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
         last = [*own][-1]  # of the classifier
         if last in weights and own[last].ndim == weights[last].ndim == 1 and len(own[last]) != len(weights[last]):
             more += f' (it has {len(weights[last])} outputs: --num-classes {len(weights[last])})'
+        if through := sorted({key.split('.')[1] for key in weights if key.startswith('distillers.')}):
+            more += f' (it predicts through its method: main_distill.py --distiller {" ".join(through)})'
         raise ValueError(f'{path} does not fit {named}: {", ".join(wrong[:4])}{more}')
     network.load_state_dict(weights)
 

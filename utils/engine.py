@@ -96,7 +96,7 @@ def stop_if_broken(trouble: dict | None, update: int, run, data):
     some = ', '.join(map(str, trouble['samples'][:8])) + (', ...' if len(trouble['samples']) > 8 else '')
     distributed.stop(f'{trouble["what"]} is {trouble["value"]} in epoch {run.progress["epoch"]}, update '
                      f'{trouble["update"]}, samples {some} (all in {run.folder / "nonfinite.json"}); the update was '
-                     'left out, the last checkpoint is intact', EXIT_BROKEN)
+                     'left out, and no checkpoint has seen it', EXIT_BROKEN)
 
 
 @torch.no_grad()
