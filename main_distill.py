@@ -147,6 +147,11 @@ def worker(args, device):
     both = {'student': distributed.replicated(network, device, args),
             'teacher': distributed.replicated(teacher, device, args)}
     if args.evaluate:
+        if untrained and not args.teacher_resume:  # it has learned beside the student, or is random
+            if run.saved and 'teacher' in run.saved:
+                checkpoint.fill(teacher, run.saved['teacher'], run.origin, f'--teacher-arch {args.teacher_arch}')
+            else:
+                del both['teacher']
         run.load_evaluated(network)
         run.report(evaluate(both, valid, prepare, device, args))
         return

@@ -171,6 +171,7 @@ class Distillation(nn.Module):
 
         Returns what they report; None where a signal asks to stop, and they have not seen all: they are as before.
         """
+        distributed.sync_buffers(self.student)  # with --ema it is not what was evaluated, and each rank has its own
         before = {name: copy.deepcopy(distiller.state_dict()) for name, distiller in self.distillers.items()
                   if type(distiller).start_epoch is not Distiller.start_epoch}
         for name, distiller in self.distillers.items():

@@ -44,7 +44,8 @@ schedule() {  # NETWORK: how it is trained by whatever method
             --momentum 0.9 --wd 5e-4 --print-freq 200)
     case $1 in
         *mobilenet* | *shufflenet*) recipe+=(--lr 0.01) ;;
-        cifar_resnet18) recipe+=(--epochs 350 --batch-size 128 --lr 0.1 --lr-drop-epochs 150 250 320) ;;
+        cifar_resnet18)
+            [[ $table != srd_dist ]] || recipe+=(--epochs 350 --batch-size 128 --lr 0.1 --lr-drop-epochs 150 250 320) ;;
     esac
 }
 
@@ -130,6 +131,7 @@ distillation() {  # for $pair by $method
                 resnet32x4-cifar_mobilenet_v2) recipe+=(--expkd-weight 5) ;;
                 cifar_resnet34-cifar_resnet18) recipe+=(--lr 0.05 --expkd-weight 2000 --expkd-temperature 2) ;;
                 resnet32x4-resnet20) recipe+=(--lr 0.1 --expkd-weight 10) ;;
+                shufflenet_v1-resnet20) recipe+=(--lr 0.05 --expkd-weight 1) ;;
                 *) unpublished 'weight or rate' ;;
             esac ;;
         fitnet_kd) recipe+=(--distiller kd fitnet --ce-weight 0.1
@@ -178,6 +180,11 @@ for pair in $pairs; do
                 recipe+=(--teacher-arch "${pair%%-*}")
                 [[ $method == dml || $DATA == --dummy ]] ||
                     recipe+=(--teacher-resume "${teacher:=$folder/base-${pair%%-*}-0/last.pth}")
+                if [[ $teacher ]] && grep -qs '"finished": false' "${teacher%/*}/result.json"; then
+                    echo "error: $name: the teacher, ${teacher%/*}, is still learning" >&2
+                    failed=1
+                    continue
+                fi
                 distillation
                 case $method in
                     ab | fsp)  # 30 epochs of nothing else, then the labels

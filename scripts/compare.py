@@ -164,6 +164,8 @@ def train(jobs, count, gpus) -> int:
                 gpu = {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {}
                 if job.start(threads | os.environ | gpu):
                     running[slot] = job
+                    if caught:  # meanwhile
+                        job.process.send_signal(signal.SIGTERM)
                 else:
                     failed.add(job.method)
                 view.tell(job)

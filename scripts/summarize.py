@@ -26,7 +26,7 @@ FREE = NEUTRAL | {'seed'}
 # arguments that students of one architecture have in common, whatever the method
 COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'momentum',
           'nesterov', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix', 'auto_augment',
-          'random_erasing', 'ema')
+          'random_erasing', 'ema', 'crop_padding', 'warmup_epochs', 'warmup_by', 'clip_grad')
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
 Runs of another length than the paper's tell it instead. A dash was not run, or not published.
@@ -76,7 +76,7 @@ def check(runs):
             refuse(f'{cell[0]["method"]}-{cell[0]["pair"]}: two runs have the same seed')
     for first, *others in groups(runs, 'table', 'arch').values():
         for run in others:
-            agree(first, run, [key for key in COMMON if first['arguments'][key] != run['arguments'][key]])
+            agree(first, run, [key for key in COMMON if first['arguments'].get(key) != run['arguments'].get(key)])
     taught = [run for run in runs if run['arguments']['teacher_resume']]  # DML's "teacher" starts from random weights
     for first, *others in groups(taught, 'table', 'teacher_arch').values():
         for run in others:

@@ -35,6 +35,8 @@ PAIRS = """
     cifar_resnet50-wrn_16_2            0.05  6    -      -         -         -     -
     resnet32x4-cifar_mobilenet_v2      0.01  -    -      -         -         -     0.01/5
     resnet32x4-resnet20                0.05  -    -      -         -         -     0.1/10
+    cifar_resnet34-cifar_resnet18      0.05  -    -      -         -         -     0.05/2000
+    shufflenet_v1-resnet20             0.05  -    -      -         -         -     0.05/1
 """
 ROWS = {pair: row for pair, *row in map(str.split, PAIRS.strip().splitlines()[1:])}
 SRD = {'wrn_40_4-wrn_16_4': 10, 'wrn_40_2-wrn_40_1': 10, 'wrn_40_4-wrn_16_2': 4,  # B
@@ -254,6 +256,19 @@ def test_a_pair_that_cannot_work_is_passed_over_and_an_interruption_stops(tmp_pa
     assert run.returncode == status and run.stdout.count('run') == runs + (status == 1)  # the second has both stages
 
 
+def test_nobody_learns_from_a_teacher_that_still_learns(tmp_path):
+    teacher = tmp_path / 'cifar100' / 'base-resnet56-0' / 'result.json'
+    teacher.parent.mkdir(parents=True)
+    (tmp_path / 'python').write_text('#!/bin/sh\necho run\n')
+    (tmp_path / 'python').chmod(0o755)
+    for finished in (False, True):
+        teacher.write_text(json.dumps({'finished': finished}, indent=1))
+        run = recipe(tmp_path, 'cifar100_same.sh', 'kd', 'resnet56-resnet20 resnet110-resnet20', 0, DATA='/data',
+                     RUNS=tmp_path)
+        assert run.stdout.count('run') == 1 + finished and run.returncode == 1 - finished
+        assert finished or 'base-resnet56-0, is still learning' in run.stderr
+
+
 # the tables
 
 def summarize(*args):
@@ -339,12 +354,14 @@ def test_what_differs_by_the_seed_only_is_one_cell(ran):
 
 
 def test_protocols_are_not_mixed(ran):
-    kd = ran('kd-resnet56-resnet20-0', 700, 700)
+    kd = ran('kd-resnet56-resnet20-0', 700, 700, global_batch=64)
     for other, difference in [
             (ran('kd-resnet56-resnet20-1', 700, 700, lr=0.1), 'lr'),
             (ran('kd-resnet56-resnet20-2', 700, 700, rank=2), 'world_size'),
             (ran('dkd-resnet56-resnet20-0', 700, 700, epochs=200), 'epochs'),
             (ran('base-resnet20-0', 700, 700, nesterov=True), 'nesterov'),
+            (ran('base-resnet20-1', 700, 700, crop_padding='reflect'), 'crop_padding'),
+            (ran('kd-resnet56-resnet20-3', 700, 700, global_batch=128), 'global_batch'),
             (ran('dkd-resnet56-resnet20-1', 700, 700, teacher='def'), 'teacher'),
             (ran('dkd-resnet56-resnet32-1', 700, 700, teacher='def'), 'teacher')]:
         assert refused(kd, other).strip() == f'{kd} and {other} differ in {difference}'

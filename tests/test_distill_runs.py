@@ -59,6 +59,13 @@ def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_
     for a, b in zip(rest.log(), whole.log(), strict=True):
         assert a['valid'] == b['valid'] and a['news'].keys() == b['news'].keys()
         assert a.get('teacher') == b.get('teacher') and ('teacher' in a) == ('dml' in more)
+    if 'dml' in more:  # which is evaluated as it was, too, and not as it is made
+        alike = [word for word in flags(images, '', tmp_path / 'whole', *more) if word not in ('--teacher-resume', '')]
+        scores = distill(*alike, '--evaluate').json('evaluate.json')['scores']
+        assert {name: scores[name]['correct1'] for name in ('student', 'teacher')} == {
+            'student': whole.log()[-1]['valid']['correct1'], 'teacher': whole.log()[-1]['teacher']['correct1']}
+        fresh = distill(*[tmp_path / 'fresh' if word == tmp_path / 'whole' else word for word in alike], '--evaluate')
+        assert fresh.json('evaluate.json')['scores'].keys() == {'student'}
 
 
 def test_the_teacher_is_part_of_the_run(distill, images, teacher, tmp_path):

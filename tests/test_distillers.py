@@ -213,6 +213,15 @@ def test_weight_of_the_cross_entropy(networks, names, asked, expected):
     assert losses['ce'].item() == pytest.approx(expected * F.cross_entropy(logits, batch.target).item(), rel=1e-6)
 
 
+def test_ranks_look_with_the_statistics_of_the_first(networks, monkeypatch):
+    """With --ema they have met no others since the epoch began; a resumed run has those of the checkpoint."""
+    student, teacher = networks
+    synced, recorder = [], Recorder(student, teacher)
+    monkeypatch.setattr('utils.distributed.sync_buffers', lambda network: synced.append((network, len(recorder.calls))))
+    Distillation(student, teacher, {'recorder': recorder}).start_epoch(1, lambda: [make_batch()])
+    assert synced == [(student, 0)]
+
+
 def test_pairs_are_of_eval_mode_and_without_gradient(networks):
     student, teacher = copy.deepcopy(networks[0]).train(), networks[1]
     student.conv1.eval()  # a frozen part stays as it is

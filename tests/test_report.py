@@ -380,6 +380,21 @@ def test_a_signal_stops_all_runs_and_the_exit_code_says_so(contrast, stand_in, n
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_while_a_run_is_started_reaches_it(contrast, stand_in, monkeypatch):
+    start = compare.Job.start
+
+    def interrupted(job, environment):
+        started = start(job, environment)
+        while not job.said(1):  # it can heed one
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started
+    monkeypatch.setattr(compare.Job, 'start', interrupted)
+    done = contrast('--methods', 'kd', '--seeds', 0, '--output', stand_in / 'runs', '--flags', 'kd', '--wait', '--',
+                    '--dummy')
+    assert done.code == 75 and 'kd-0: stopped' in done.out
+
+
 def test_a_folder_that_cannot_be_made_is_said_in_a_line(contrast, tmp_path):
     (tmp_path / 'file').touch()
     done = contrast('--methods', 'kd', '--output', tmp_path / 'file')

@@ -12,7 +12,7 @@ from conftest import assert_close, assert_same, signal_in_update, write_images
 
 import main_base
 from models import create_model
-from utils import checkpoint, distributed, engine, signals
+from utils import checkpoint, distributed, engine, folder, signals
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
@@ -84,6 +84,22 @@ def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
     """With a learning rate of 0 and frozen statistics nothing improves after the first epoch."""
     run = base(images, '--epochs', 3, '--lr', 0, '-a', 'squeezenet1_1', '--image-size', 64, '--output', tmp_path)
     assert run.json()['best']['epoch'] == 0 and run.json()['last']['epoch'] == 2
+
+
+def test_the_best_weights_are_those_of_the_best_epoch_that_is_known(tmp_path, capsys):
+    """A later one had left its own, but no checkpoint."""
+    for found, kept in (({'epoch': 1}, {'epoch': 1}), ({'epoch': 2}, None)):
+        (tmp_path / 'result.json').write_text(json.dumps({'best': found}))
+        assert folder.bring_best(tmp_path, tmp_path, {'epoch': 1}) == kept
+    assert 'does not hold the weights of epoch 1' in capsys.readouterr().err
+
+
+def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):
+    with signal_in_update(1):
+        assert base(images, '-b', 8, '--output', tmp_path).code == signals.EXIT_INTERRUPTED
+    monkeypatch.setattr(distributed, 'nodes', lambda: 2)
+    other = base(images, '-b', 8, '--output', tmp_path)
+    assert other.code == 1 and '--global-batch is 16 here, 8 there' in other.err
 
 
 def test_a_run_that_goes_on_in_a_new_folder_has_the_best_weights_there(base, images, tmp_path):

@@ -70,7 +70,10 @@ def _spawn(worker, args, per_node):
     url = args.dist_url or f'tcp://127.0.0.1:{_free_port()}'
     context = mp.spawn(_spawned, (worker, args, node, nodes, per_node, url), nprocs=per_node, join=False)
 
+    forwarded = []
+
     def forward(number, frame):
+        forwarded.append(number)
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -78,7 +81,7 @@ def _spawn(worker, args, per_node):
     for number in signals.SIGNALS:
         signal.signal(number, forward)
     try:
-        while not context.join(grace_period=5):
+        while not context.join(timeout=1, grace_period=60 if forwarded else 5):  # they may still be saving
             pass
     except mp.ProcessExitedException as ended:  # the worker has said why
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)

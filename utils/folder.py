@@ -88,12 +88,14 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
 
 
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:
-    """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone."""
-    if source.resolve() == target.resolve():
-        return best
+    """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone.
+
+    They are where a later epoch has left better ones, but was killed before its checkpoint.
+    """
     try:
         if json.loads((source / 'result.json').read_text())['best'] == best:
-            checkpoint.write(target / 'best.pth', (source / 'best.pth').read_bytes())
+            if source.resolve() != target.resolve():
+                checkpoint.write(target / 'best.pth', (source / 'best.pth').read_bytes())
             return best
     except (OSError, ValueError, KeyError, TypeError):
         pass

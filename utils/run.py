@@ -24,6 +24,7 @@ import torchvision
 
 from . import checkpoint, distributed, folder, signals
 from .args import NEUTRAL
+from .data import global_batch
 from .engine import EXIT_BROKEN
 from .meters import percentages
 from .optim import learning_rate, total_epochs
@@ -294,7 +295,8 @@ class Run:
 
 
 def recorded(args) -> dict:
-    return json.loads(json.dumps(vars(args)))
+    """The arguments, with the one number that also follows from how many nodes there are."""
+    return json.loads(json.dumps(vars(args) | {'global_batch': global_batch(args) * args.accum_steps}))
 
 
 def differing(before: dict, args) -> str:
