@@ -23,6 +23,8 @@ class Whole(DetectionCheckpointer):
         if missing:
             raise ValueError(f'they do not fit its config: {len(missing)} entries are missing or have another shape, '
                              f'such as {missing[0]}')
+        if 'needs_LAST_NORM_GN' in incompatible.unexpected_keys:
+            raise ValueError('they are of a student with LAST_NORM GN, and its config here is without')
         super()._log_incompatible_keys(incompatible)
 
 
@@ -33,8 +35,9 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
         if not weights or not Path(PathManager.get_local_path(weights)).is_file():
             raise ValueError('there is no such file')
         Whole(teacher).load(weights)
-    except (ValueError, OSError) as error:
-        raise ValueError(f'MODEL.TEACHER.WEIGHTS {weights!r}: {error}') from error
+    except Exception as error:  # there is no end to what a broken file can raise
+        why = str(error) if isinstance(error, (ValueError, OSError)) else f'no weights: {type(error).__name__} {error}'
+        raise ValueError(f'MODEL.TEACHER.WEIGHTS {weights!r}: {why.splitlines()[0]}') from error
     return teacher.eval().requires_grad_(False)
 
 
@@ -42,7 +45,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
     """With its teacher and methods, if the config has any."""
     student, methods = build_model(cfg), cfg.MODEL.DISTILL.METHODS
     if methods:
-        check_schedule(cfg.MODEL.DISTILL.PERIODS, cfg.MODEL.DISTILL.STEPS)
+        check_schedule(cfg.MODEL.DISTILL.PERIODS, cfg.MODEL.DISTILL.STEPS, cfg.MODEL.DISTILL.ITERS)
         if not isinstance(student, meta_arch.Distilled):
             raise ValueError(f'MODEL.META_ARCHITECTURE is {type(student).__name__}; DistilledRetinaNet and '
                              'DistilledRCNN are those that learn from a teacher')
@@ -75,7 +78,9 @@ def features_of(name: str, cfg: CfgNode) -> tuple[str, ...]:
         return ()
     if name not in MAPS:
         raise ValueError(f'MODEL.DISTILL.METHODS: {name} is none of those for detectors: {", ".join((*MAPS, *LOGITS))}')
-    return tuple(cfg.MODEL.DISTILL[name.upper()].FEATURES)
+    if not (names := tuple(cfg.MODEL.DISTILL[name.upper()].FEATURES)):
+        raise ValueError(f'MODEL.DISTILL.{name.upper()}.FEATURES is empty: name the maps to compare')
+    return names
 
 
 def check_images(student: nn.Module, teacher: nn.Module):

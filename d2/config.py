@@ -43,6 +43,8 @@ def default_config() -> CfgNode:
             method.FEATURES = MAPS[name]
         for key, (parameter, _) in hyper_parameters(DISTILLERS[name]).items():
             method[key.upper()] = parameter.default
+        if 'WARMUP' in method:
+            method.WARMUP = 1  # epochs are few here
     distill.MGD.LOSS_FACTOR = 1e4  # its own default goes by the size of the images, and here they have many
     return cfg
 
@@ -69,8 +71,11 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     if not file.exists():
         raise ValueError(f'MODEL.TEACHER.CONFIG_FILE: there is no {wanted.CONFIG_FILE}, here or in {CONFIGS}')
     teacher = default_config()
-    teacher.merge_from_file(str(file))
-    teacher.merge_from_list(wanted.OPTS)
+    try:
+        teacher.merge_from_file(str(file))
+        teacher.merge_from_list(wanted.OPTS)
+    except (KeyError, AssertionError) as error:  # yacs's own
+        raise ValueError(f'MODEL.TEACHER: {error.args[0]}') from error
     teacher.MODEL.WEIGHTS, teacher.MODEL.DEVICE = wanted.WEIGHTS, cfg.MODEL.DEVICE
     teacher.DATASETS, teacher.OUTPUT_DIR = cfg.DATASETS.clone(), cfg.OUTPUT_DIR
     return teacher
@@ -86,6 +91,8 @@ def epoch_of(iteration: int, periods: tuple[int, ...], steps: tuple[int, ...]) -
     return sum(due(i, periods, steps) for i in range(iteration + 1))
 
 
-def check_schedule(periods: tuple[int, ...], steps: tuple[int, ...]):
+def check_schedule(periods: tuple[int, ...], steps: tuple[int, ...], iters: int):
     if len(periods) != len(steps) + 1 or min(periods) < 1 or list(steps) != sorted(steps):
         raise ValueError(f'MODEL.DISTILL.PERIODS {periods} are not one more than STEPS {steps}, which have to ascend')
+    if iters < 1:
+        raise ValueError(f'MODEL.DISTILL.ITERS is {iters}, but a method has to look at something')

@@ -20,7 +20,8 @@ class Epochs(HookBase):
         self.student, self.loader = student, loader
 
     def before_train(self):
-        self.start(self.trainer.start_iter)
+        if self.trainer.start_iter < self.trainer.max_iter:
+            self.start(self.trainer.start_iter)
 
     def after_step(self):
         upcoming = self.trainer.iter + 1

@@ -23,7 +23,8 @@ def replace_last_norms(detector: nn.Module, kind: str) -> list[str]:
         raise ValueError(f'MODEL.DISTILL.LAST_NORM is {kind!r}; it can be {", ".join(KINDS)} on a ResNet, or empty')
     if kind == 'BN' and comm.get_world_size() > 1:
         raise ValueError('MODEL.DISTILL.LAST_NORM is BN, whose statistics would differ between processes: take SyncBN')
-    convs = {conv for stage in bottom_up.stages for conv in stage[-1].children() if conv.weight.requires_grad}
+    convs = {conv for stage in bottom_up.stages for conv in stage[-1].children()
+             if conv.weight.requires_grad and conv.norm is not None}  # deformable ones have offsets without
     replaced = {f'{name}.norm': module for name, module in detector.named_modules() if module in convs}
     for conv in replaced.values():
         conv.norm = get_norm(kind, conv.out_channels)

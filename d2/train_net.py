@@ -16,6 +16,7 @@ from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
 from d2.build import build_student, build_teacher, student_of
 from d2.config import default_config, teacher_config
@@ -68,8 +69,18 @@ def setup(args):
     return cfg
 
 
+def stop(error: Exception):
+    """In one line, of one process."""
+    if comm.is_main_process():
+        print(f'error: {str(error.args[0] if error.args else error).splitlines()[0]}', file=sys.stderr)
+    sys.exit(1)
+
+
 def main(args):
-    cfg = setup(args)
+    try:
+        cfg = setup(args)
+    except (ValueError, KeyError, AssertionError, OSError) as error:  # yacs's own, of keys and files
+        stop(error if not isinstance(error, OSError) else ValueError(error))
     try:
         if args.eval_teacher:
             cfg, model = teacher_config(cfg), build_teacher(cfg)
@@ -80,7 +91,11 @@ def main(args):
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
     except ValueError as error:
-        sys.exit(f'error: {error}')
+        stop(error)
+    except (AssertionError, KeyError, OSError) as error:  # of Detectron2, for weights and data that are not there
+        if isinstance(error, OSError) or any(words in str(error) for words in ('not found', 'not registered')):
+            stop(ValueError(error))
+        raise
     if not (args.eval_only or args.eval_teacher):
         return trainer.train()
     results = Trainer.test(cfg, model)
@@ -93,4 +108,7 @@ if __name__ == '__main__':
     parser = default_argument_parser()
     parser.add_argument('--eval-teacher', action='store_true', help='evaluate the teacher, and nothing else')
     args = parser.parse_args()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    try:
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except ProcessExitedException as ended:  # which has said why
+        sys.exit(ended.exit_code)

@@ -563,17 +563,45 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.LAST_NORM', 'LN'], 'LAST_NORM'),
     ('dkd_fasterrcnn_R18_R101', ['MODEL.ROI_HEADS.NUM_CLASSES', 2], 'student has 2 classes, the teacher 3'),
     ('dkd_fasterrcnn_R18_R101', ['MODEL.DISTILL.METHODS', ('edkd',), 'MODEL.DISTILL.EDKD.BETA', 'batch'], 'sample'),
+    ('mgd_retinanet_R18_R50', ['MODEL.NO_KEY', 1], 'Non-existent key: MODEL.NO_KEY'),
+    ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.MGD.LOSS_FACTOR', 5000], 'Type mismatch'),
+    ('mgd_retinanet_R18_R50', ['MODEL.TEACHER.OPTS', ['MODEL.NO_KEY', 1]], 'MODEL.TEACHER: Non-existent key'),
+    ('mgd_retinanet_R18_R50', ['MODEL.TEACHER.WEIGHTS', 'TMP/text'], 'no weights'),
+    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'TMP/nowhere.pth'], 'nowhere.pth not found'),
+    ('mgd_retinanet_R18_R50', ['DATASETS.TRAIN', ('unheard_of',)], "'unheard_of' is not registered"),
+    ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.ITERS', 0], 'ITERS is 0'),
+    ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('at',), 'MODEL.DISTILL.AT.FEATURES', ()], 'FEATURES is empty'),
 ])
-def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, name, options, complaint):
+def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsys, name, options, complaint):
     for name_ in ('default_setup', 'setup_logger'):
         monkeypatch.setattr(train_net, name_, lambda *_, **__: None)
     teacher = 'base_fasterrcnn_R18' if 'dkd' in name else 'base_retinanet_R50'
+    options = [str(value).replace('TMP', str(tmp_path)) if isinstance(value, str) else value for value in options]
     options = [teachers.get(value, value) if isinstance(value, str) else value for value in options]
     given = [*SMALL, *SCHEDULE, 'MODEL.TEACHER.OPTS', SMALL, 'MODEL.TEACHER.CONFIG_FILE', f'{teacher}.yaml',
              'MODEL.TEACHER.WEIGHTS', teachers[teacher], 'OUTPUT_DIR', tmp_path, *options]
+    if complaint == 'no weights':
+        (tmp_path / 'text').write_text('of no use')
     with pytest.raises(SystemExit) as end:
         train_net.main(arguments(name, *given))
-    assert str(end.value).startswith('error: ') and complaint in str(end.value) and '\n' not in str(end.value)
+    error, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
+    assert end.value.code == 1 and complaint in error
+
+
+def test_a_student_with_groups_is_no_teacher_without_them(tmp_path):
+    student = build_model(config('base_retinanet_R18_as_mgd', 'MODEL.DISTILL.LAST_NORM', 'GN'))
+    torch.save({'model': student.state_dict()}, tmp_path / 'gn.pth')
+    with pytest.raises(ValueError, match='LAST_NORM GN'):
+        build_teacher(config('mgd_retinanet_R18_R50', 'MODEL.TEACHER.CONFIG_FILE', 'base_retinanet_R18.yaml',
+                             'MODEL.TEACHER.WEIGHTS', str(tmp_path / 'gn.pth')))
+
+
+def test_the_schedules_of_the_published_code():
+    """Which trained MGD's teacher and baseline by Detectron2's own script, without Nesterov."""
+    nesterov = {name: config(name).SOLVER.NESTEROV for name in (
+        'base_retinanet_R50', 'base_retinanet_R18', 'base_retinanet_R18_as_mgd', 'mgd_retinanet_R18_R50')}
+    assert list(nesterov.values()) == [False, False, True, True]
+    assert default_config().MODEL.DISTILL.EDKD.WARMUP == 1
 
 
 def test_strides_and_unknown_backbones_are_refused(teachers):
