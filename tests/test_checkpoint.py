@@ -146,6 +146,11 @@ def test_a_student_that_predicts_through_its_method_says_which():
         checkpoint.fit(layer, weights, 'some.pth')
 
 
+def test_room_is_told_of_where_it_may_be_short(tmp_path):
+    assert checkpoint.why(PermissionError(13, 'Permission denied'), tmp_path) == '[Errno 13] Permission denied'
+    assert 'MB are free' in checkpoint.why(OSError(28, 'No space left'), tmp_path)
+
+
 def test_weights_that_are_not_finite_are_refused():
     layer = torch.nn.Linear(2, 2)
     weights = {k: v.clone() for k, v in layer.state_dict().items()}

@@ -24,7 +24,7 @@ pytest.importorskip('detectron2', reason='Detectron2 is not installed: see d2/RE
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -33,6 +33,7 @@ from d2 import train_net
 from d2.build import build_student, build_teacher, check_images
 from d2.config import CONFIGS, LOGITS, MAPS, default_config, due, epoch_of, teacher_config
 from d2.convert_weights import convert
+from d2.hooks import Epochs
 from d2.norms import replace_last_norms
 from d2.views import View, bottom_up_of, check_maps, last_block, last_conv, watching
 from distillers.base import probe
@@ -594,6 +595,22 @@ def test_a_student_with_groups_is_no_teacher_without_them(tmp_path):
     with pytest.raises(ValueError, match='LAST_NORM GN'):
         build_teacher(config('mgd_retinanet_R18_R50', 'MODEL.TEACHER.CONFIG_FILE', 'base_retinanet_R18.yaml',
                              'MODEL.TEACHER.WEIGHTS', str(tmp_path / 'gn.pth')))
+
+
+def test_a_finished_run_prepares_for_nothing():
+    begun, cfg = [], default_config().MODEL.DISTILL
+    hook = Epochs(cfg, SimpleNamespace(start_epoch=lambda epoch, batches: begun.append(epoch) or {}), list)
+    for hook.trainer in (SimpleNamespace(start_iter=5000, max_iter=n) for n in (5000, 5001)):
+        hook.before_train()
+    assert begun == [2]
+
+
+def test_offsets_of_deformable_convolutions_get_no_norm():
+    student = build_model(config('base_retinanet_R18'))
+    block = student.backbone.bottom_up.stages[-1][-1]
+    block.conv2_offset = Conv2d(8, 18, 3)
+    assert not [name for name in replace_last_norms(student, 'GN') if 'offset' in name]
+    assert block.conv2_offset.norm is None
 
 
 def test_the_schedules_of_the_published_code():
