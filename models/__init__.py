@@ -128,7 +128,7 @@ def load(name: str, source: str = '') -> nn.Module:
     """Network `name` with torchvision's ImageNet weights: version 1, the one published tables use, if there is one."""
     published = WEIGHTS_OF.get(name, name)
     if published not in torchvision_names():
-        raise ValueError(f'torchvision has no weights for {name!r}: --student-resume or --teacher-resume names others')
+        raise ValueError(f'torchvision has no weights for {name!r}: name a checkpoint file (--student-resume, ...)')
     versions = torchvision.models.get_model_weights(published)
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
 

@@ -81,7 +81,7 @@ def _spawn(worker, args, per_node):
     for number in signals.SIGNALS:
         signal.signal(number, forward)
     try:
-        while not context.join(timeout=1, grace_period=60 if forwarded else 5):  # they may still be saving
+        while not context.join(timeout=1, grace_period=60 if len(forwarded) == 1 else 5):  # some may still save
             pass
     except mp.ProcessExitedException as ended:  # the worker has said why
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)
