@@ -70,10 +70,7 @@ def _spawn(worker, args, per_node):
     url = args.dist_url or f'tcp://127.0.0.1:{_free_port()}'
     context = mp.spawn(_spawned, (worker, args, node, nodes, per_node, url), nprocs=per_node, join=False)
 
-    forwarded = []
-
     def forward(number, frame):
-        forwarded.append(number)
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -81,7 +78,7 @@ def _spawn(worker, args, per_node):
     for number in signals.SIGNALS:
         signal.signal(number, forward)
     try:
-        while not context.join(timeout=1, grace_period=60 if len(forwarded) == 1 else 5):  # some may still save
+        while not context.join(grace_period=5):
             pass
     except mp.ProcessExitedException as ended:  # the worker has said why
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)
