@@ -11,7 +11,6 @@ student and losses are one. What MGD adds is told by whole steps with and withou
 """
 import argparse
 import json
-import sys
 from bisect import bisect
 from collections import defaultdict
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from utils.setup import precision
 
 from .harness import Settings, copy_rate, flop_counter, matmul_rate, timed
 from .mgd_step import our_task, sizes_for, training_step
-from .run import ROOT, device_name, versions
+from .run import ROOT, command, device_name, versions
 
 MARK = 'part: '
 
@@ -183,7 +182,7 @@ def main(arguments=None):
                      'GFLOP': flops / 1e9, 'ms by bytes': by_bytes, 'ms by FLOP': by_flops,
                      'over bound': ms / max(by_bytes, by_flops)})
     dearest = sorted(kernels.items(), key=lambda kernel: -kernel[1]['ms'])[:10]
-    record = {'command': sys.argv, 'git': git_revision(), 'device': device_name(settings), 'versions': versions(),
+    record = {'command': command(), 'git': git_revision(), 'device': device_name(settings), 'versions': versions(),
               **sizes, **how, 'compile': args.compile,
               'copy, GB/s': bytes_per_ms / 1e6, f'product in {kind}, TFLOP/s': flops_per_ms / 1e9,
               'a step, ms': step, 'images/s': 1e3 * sizes['batch'] / step, 'without MGD, ms': without,

@@ -9,6 +9,7 @@ Before a speed is printed, the results are compared. Exits with 1 where they dif
 """
 import argparse
 import json
+import os
 import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -47,8 +48,9 @@ def main(cases=CASES, arguments=None) -> int:
         parser.error('--rounds has to be at least 1')
     settings = Settings(torch.device(args.device), args.threads, args.peers and args.peers.expanduser().resolve())
 
-    facts = {'command': sys.argv, 'time': datetime.now().isoformat(timespec='seconds'), 'device': device_name(settings),
-             'threads': args.threads, 'rounds': args.rounds, 'git': git_revision(), 'versions': versions()}
+    facts = {'command': command(), 'time': datetime.now().isoformat(timespec='seconds'),
+             'device': device_name(settings), 'threads': args.threads, 'rounds': args.rounds, 'git': git_revision(),
+             'versions': versions()}
     if args.peers:
         facts['peers'] = {name: peers.revision(settings, name) for name in peers.PEERS
                           if not peers.trouble(settings, name)}
@@ -119,6 +121,11 @@ def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
 def figures(value: float) -> str:
     """Three at least."""
     return f'{value:.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def command() -> list[str]:
+    """As it is given from the project's folder; with -m Python tells the whole path."""
+    return [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
 
 
 def device_name(settings: Settings) -> str:

@@ -1,9 +1,9 @@
 """Images per second of main_distill.py under MGD, fed from prepared images, and how long of that it waits for data.
 
 The rate is that of the loop over the second epoch, whose kernels are chosen and whose workers run, while it has data;
-the update of the flow and the evaluation are not in it. Images are raw pixels (scripts/prepare.py --format raw). The
-first student's come from loader processes, as from a data set that no GPU can hold; the wait for the first batch, which
-one of them makes alone, is in the share, so its epoch is long. A GPU holds and crops those of the other students: there
+the update of the flow and the evaluation are not in it. The images of the first student come from loader processes, as
+those of a data set that no GPU can hold: JPEGs, and in another run raw pixels. The wait for the first batch, which one
+process makes alone, is in the share, so its epoch is long. A GPU holds and crops those of the other students: there
 waiting is the time that the host takes to ask for a batch, while the GPU does what it was asked before. Files are few,
 under many names, and in the system's cache: no disk is measured. While the loop waits, a GPU may still be at work on
 what it was given before, so the share is a bound of what waiting costs.
@@ -40,34 +40,37 @@ def throughput(settings: Settings, **sizes) -> Case:
     of, kept, facts = SimpleNamespace(**(CUDA if on_cuda else CPU) | sizes), TemporaryDirectory(), {}
     root = Path(kept.name)
     write_folder(root / 'images', of.images, of.images, width=500, height=375)
-    folders = {'loader': prepare(root / 'images', 'raw')}
-    folders['device'] = shutil.copytree(folders['loader'], root / 'fewer')
-    for backend, names in ('loader', of.names), ('device', of.fewer):
-        multiply(folders[backend], names)
+    folders = {form: prepare(root / 'images', form) for form in ('jpeg', 'raw')}
+    folders['device'] = shutil.copytree(folders['raw'], root / 'fewer')
+    for kind, names in ('jpeg', of.names), ('raw', of.names), ('device', of.fewer):
+        multiply(folders[kind], names)
     torch.save(settled(of.teacher, of.size).state_dict(), root / 'teacher.pth')
 
+    first, *others = of.students
+    runs = {first: (first, 'jpeg'), f'{first} raw': (first, 'raw')} | {name: (name, 'device') for name in others}
+
     @cache
-    def update(student: str) -> dict:
+    def update(name: str) -> dict:
         """Seconds of one, and of those the time without data."""
-        backend, output = 'loader' if student == of.students[0] else 'device', Path(kept.name) / student
-        command = [sys.executable, ROOT / 'main_distill.py', folders[backend], '--arch', student, '--teacher-arch',
+        (student, kind), output = runs[name], Path(kept.name) / name
+        command = [sys.executable, ROOT / 'main_distill.py', folders[kind], '--arch', student, '--teacher-arch',
                    of.teacher, '--teacher-resume', root / 'teacher.pth', '--distiller', 'mgd', '--image-size', of.size,
                    '--batch-size', of.batch, '--num-classes', 1000, '--epochs', 2, '--lr', 1e-3, '--pair-images',
-                   of.batch, '--data-backend', backend, '--workers', os.cpu_count(), '--skip-first-evaluation',
-                   '--no-tensorboard', '--seed', 0, '--output', output, *of.flags, *(['--gpu', 0] if on_cuda else [])]
+                   of.batch, '--data-backend', 'device' if kind == 'device' else 'loader', '--workers', os.cpu_count(),
+                   '--skip-first-evaluation', '--no-tensorboard', '--seed', 0, '--output', output, *of.flags,
+                   *(['--gpu', 0] if on_cuda else [])]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {'OMP_NUM_THREADS': str(settings.threads)})
         time = json.loads((output / 'log.jsonl').read_text().splitlines()[-1])['train']['time']
-        facts[f'{student}, wait'] = {'images/s': round(of.batch / (time['seconds'] - time['wait'])), 'from': backend}
-        print(f'{student}: {facts[f"{student}, wait"]}, waits {time["wait"] / time["seconds"]:.1%}', flush=True)
+        facts[f'{name}, wait'] = {'images/s': round(of.batch / (time['seconds'] - time['wait'])), 'from': kind}
+        print(f'{name}: {facts[f"{name}, wait"]}, waits {time["wait"] / time["seconds"]:.1%}', flush=True)
         return time
 
-    kind, variants = 'bf16' if has_bf16(settings.device) else 'fp32', {}
-    for name in of.students:
-        variants[name] = Variant(lambda name=name: (1e3 * update(name)['seconds'], {}), kind)
-        variants[f'{name}, wait'] = Variant(lambda name=name: (1e3 * update(name)['wait'], {}), kind)
-    rows = [Row(f'{name}, wait', name, 0.05 if on_cuda else None, 'share', tolerance=float('inf'))
-            for name in of.students]
+    precision, variants = 'bf16' if has_bf16(settings.device) else 'fp32', {}
+    for name in runs:
+        variants[name] = Variant(lambda name=name: (1e3 * update(name)['seconds'], {}), precision)
+        variants[f'{name}, wait'] = Variant(lambda name=name: (1e3 * update(name)['wait'], {}), precision)
+    rows = [Row(f'{name}, wait', name, 0.05 if on_cuda else None, 'share', tolerance=float('inf')) for name in runs]
     return Case(variants, rows, measures=True, facts=facts)
 
 

@@ -72,7 +72,7 @@ def setup(args):
 def stop(error: Exception):
     """In one line, of one process."""
     if comm.is_main_process():
-        print(f'error: {str(error.args[0] if error.args else error).splitlines()[0]}', file=sys.stderr)
+        print(f'error: {str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]}', file=sys.stderr)
     sys.exit(1)
 
 
@@ -80,7 +80,7 @@ def main(args):
     try:
         cfg = setup(args)
     except (ValueError, KeyError, AssertionError, OSError) as error:  # yacs's own, of keys and files
-        stop(error if not isinstance(error, OSError) else ValueError(error))
+        stop(error)
     try:
         if args.eval_teacher:
             cfg, model = teacher_config(cfg), build_teacher(cfg)
@@ -90,12 +90,12 @@ def main(args):
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         stop(error)
-    except (AssertionError, KeyError, OSError) as error:  # of Detectron2, for weights and data that are not there
-        if isinstance(error, OSError) or any(words in str(error) for words in ('not found', 'not registered')):
-            stop(ValueError(error))
-        raise
+    except (AssertionError, KeyError) as error:  # of Detectron2, for weights and data that are not there
+        if not any(words in str(error) for words in ('not found', 'not registered')):
+            raise
+        stop(error)
     if not (args.eval_only or args.eval_teacher):
         return trainer.train()
     results = Trainer.test(cfg, model)

@@ -72,10 +72,11 @@ class Distillation(nn.Module):
         methods = distillers.values()
         self.trains_teacher = any(distiller.trains_teacher for distiller in methods)
         self.batch_statistics = any(distiller.batch_statistics for distiller in methods)
+        learns = next((name for name, distiller in distillers.items() if distiller.trains_teacher), None)
         for name, distiller in distillers.items():
-            if self.trains_teacher and distiller.teacher_kept:
-                raise ValueError(f"{name} goes by the teacher's {distiller.teacher_kept} of the beginning, and beside "
-                                 'dml the teacher learns: leave one of the two methods out')
+            if learns and distiller.teacher_kept:
+                raise ValueError(f"{name} goes by the teacher's {distiller.teacher_kept} of the beginning, and under "
+                                 f'{learns} the teacher learns: leave one of the two methods out')
         if self.trains_teacher:
             self.teacher = teacher.requires_grad_()
         else:  # not a submodule: no optimizer, checkpoint, DDP or train() ever meets it; whoever built it moves it

@@ -28,7 +28,7 @@ from benchmarks.methods import methods
 from benchmarks.mgd_flow import flow_assignment, flow_tracking
 from benchmarks.mgd_step import arguments, mgd_step
 from benchmarks.peers import MDISTILLER, TORCHDISTILL, imported
-from benchmarks.run import main
+from benchmarks.run import command, main
 from benchmarks.table import markdown
 from benchmarks.throughput import throughput
 from distillers import DISTILLERS, Distiller
@@ -268,7 +268,12 @@ def test_the_real_script_is_fed_and_its_log_read(monkeypatch, in_this_process):
         seconds = (outcome.baseline[0] - outcome.ours[0]) / 1e3
         assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
     assert {name: fact['from'] for name, fact in small.facts.items()} == {
-        f'{first}, wait': 'loader', f'{other}, wait': 'device'}
+        f'{first}, wait': 'jpeg', f'{first} raw, wait': 'raw', f'{other}, wait': 'device'}
+
+
+def test_a_record_has_the_command_without_where_the_project_lies(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [str(ROOT / 'benchmarks' / 'curves.py'), '--jobs', '1'])
+    assert command() == ['benchmarks/curves.py', '--jobs', '1']
 
 
 def test_curves_agree_as_those_of_other_seeds_do(monkeypatch, tmp_path, capsys):
