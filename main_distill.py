@@ -68,10 +68,12 @@ def main():
     check(parser, args)
     if len({*args.distiller}) < len(args.distiller):
         parser.error('--distiller names a method twice')
-    if args.mgd_with_kd:
-        args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
     if idle := drop_foreign(DISTILLERS, args.distiller, args):
         parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
+    if args.mgd_with_kd:
+        if args.distiller != ['mgd']:
+            parser.error('--mgd-with-kd names the methods by itself: leave --distiller out')
+        args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
     if args.logit_standardize and not any('logits' in (DISTILLERS[name].teacher_reads or ['logits'])
                                           for name in args.distiller):
         parser.error(f'--logit-standardize: --distiller {" ".join(args.distiller)} sees no logits')

@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from utils import checkpoint, distributed, setup, together
-from utils.cost import cut, device_name, loading, measure, now, preparation, step
+from utils.closely import now
+from utils.cost import cut, device_name, loading, measure, preparation, step
 from utils.data import Prepare, contents, load_data
 from utils.engine import Supervised
 from utils.folder import refuse_harm
@@ -191,7 +192,7 @@ def worker(args, device):
         if rows:
             looks.table(f'cost of a batch of {n} images here, {device_name(device)}'
                         + f'; measured with {cost["images"]} of them, scaled' * (cost['images'] < n), rows)
-        if real and 0 < length % batch_size < 2 * ranks and one.batch_size > 1:
+        if real and 0 < length % batch_size < 2 * ranks and one.batch_size > 1 and not args.sync_bn:
             with found.listing('training, on the last batch of an epoch, of which a rank has 1 image: '):
                 step(cut(batch, 1), *how)
 

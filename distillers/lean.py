@@ -23,6 +23,8 @@ class LeanTeacher:
         if not distillation.teacher_stands_still:
             raise ValueError('--fold-teacher and --teacher-amp need a teacher whose weights and norms stand still')
         network = folded(teacher) if args.fold_teacher or args.fast else deepcopy(teacher)
+        if args.fast and not args.fold_teacher:
+            distributed.say('fast: --fold-teacher')
         self.device, self.amp = device, args.teacher_amp or args.amp
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -8,7 +8,7 @@ from torch import nn
 from utils import distributed
 
 from .base import Distiller, positive, probe
-from .mgd import margins_of, tells_margins
+from .mgd import PartialL2, margins_of, tells_margins
 from .parts import Pairing, conv_bn, stage_pairs
 
 
@@ -81,4 +81,4 @@ class Stage(nn.Module):
         if s.shape != t.shape:
             t = F.adaptive_avg_pool2d(t, s.shape[2:])
         t = torch.maximum(t, self.margins.view(-1, 1, 1))
-        return torch.where((s > t) | (t > 0), s - t, 0).square().sum()
+        return PartialL2.apply(s, t)

@@ -110,7 +110,7 @@ distillation() {  # for $pair by $method
                 resnet56-resnet20 | resnet110-resnet32 | cifar_vgg13-cifar_vgg8) recipe+=(--lr 0.01) ;;
                 resnet32x4-resnet8x4 | wrn_40_2-wrn_16_2 | wrn_40_2-wrn_40_1 | resnet32x4-shufflenet_v1 \
                     | wrn_40_2-shufflenet_v1 | cifar_vgg13-cifar_mobilenet_v2 | cifar_resnet50-cifar_mobilenet_v2 \
-                    | resnet32x4-cifar_shufflenet_v2) ;;  # the common rate
+                    | resnet32x4-cifar_shufflenet_v2 | wrn_40_2-cifar_shufflenet_v2) ;;  # the common rate
                 *) unpublished rate ;;
             esac ;;
         expkd)
@@ -127,7 +127,9 @@ distillation() {  # for $pair by $method
                 wrn_40_2-shufflenet_v1) recipe+=(--expkd-weight 100) ;;
                 cifar_vgg13-cifar_mobilenet_v2) recipe+=(--expkd-weight 3000) ;;
                 cifar_resnet50-cifar_mobilenet_v2) recipe+=(--expkd-weight 50000) ;;
-                resnet32x4-cifar_shufflenet_v2) recipe+=(--expkd-weight 100) ;;  # of the 1.5 times wider student
+                # published of the 1.5 times wider student
+                resnet32x4-cifar_shufflenet_v2 | resnet32x4-cifar_shufflenet_v2_x1_5) recipe+=(--expkd-weight 100) ;;
+                resnet56-cifar_shufflenet_v2 | resnet56-cifar_shufflenet_v2_x1_5) recipe+=(--expkd-weight 1) ;;
                 resnet32x4-cifar_mobilenet_v2) recipe+=(--expkd-weight 5) ;;
                 cifar_resnet34-cifar_resnet18) recipe+=(--lr 0.05 --expkd-weight 2000 --expkd-temperature 2) ;;
                 resnet32x4-resnet20) recipe+=(--lr 0.1 --expkd-weight 10) ;;

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distillers import DISTILLERS, reads_outputs
 from utils import folder
 from utils.args import base_parser
+from utils.signals import EXIT_INTERRUPTED as INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERRUPTED = 75
 STOPPED = (INTERRUPTED, -signal.SIGTERM)  # the latter before it could heed one
 EVERY = 30  # seconds between two reports
 OURS = ('--seed', '--seeds', '--output', '--distiller', '--mgd-with-kd', '--evaluate', '-e', '--inspect')
@@ -44,6 +44,8 @@ def spelt_out(flags: list[str]) -> list[str]:
         except (OSError, ValueError) as error:
             parser.error(f'{word}: {error}')
         words += [word] if lines is None else [w for line in lines for w in parser.convert_arg_line_to_args(line)]
+    words = [part for word in words  # --use-pretrained=1 as two words
+             for part in (word.split('=', 1) if word.startswith('--use-pretrained=') else [word])]
     while '--use-pretrained' in words:
         at = words.index('--use-pretrained')
         value = words[at + 1:at + 2]

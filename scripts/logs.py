@@ -1,11 +1,17 @@
 """What a run has left in its folder so far, read without a complaint about what is missing, or with one."""
 import json
 import sys
+from pathlib import Path
 
 
 def refuse(line):
     print(line, file=sys.stderr)
     sys.exit(2)
+
+
+def png(name: str) -> Path:
+    """The file of a picture, as a flag names it."""
+    return Path(name) if Path(name).suffix else Path(name).with_suffix('.png')
 
 
 def read_json(path) -> dict | None:

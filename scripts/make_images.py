@@ -8,10 +8,10 @@ class. Every picture is a function of (seed, split, class, n) and of nothing els
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+from logs import refuse
 from PIL import Image
 
 RECIPE = 1  # raise it when the drawing changes: a folder of the old drawing is then no longer taken for the new one
@@ -112,11 +112,6 @@ def draw(seed, split, label, n, size):
     canvas += rng.normal(0, rng.uniform(0.01, 0.05), canvas.shape)
     pixels = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels), int(rng.integers(60, 96))
-
-
-def refuse(line):
-    print(line, file=sys.stderr)
-    sys.exit(2)
 
 
 def main():

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from logs import read_log, refuse
+from logs import png, read_log, refuse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -95,7 +95,7 @@ def draw(stages, history):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', type=Path, metavar='RUN', help='folder of a run of main_distill.py --distiller mgd')
-    parser.add_argument('-o', '--output', type=Path, default='matching.png', metavar='PNG', help='(%(default)s)')
+    parser.add_argument('-o', '--output', type=png, default='matching.png', metavar='PNG', help='(%(default)s)')
     args = parser.parse_args()
 
     stages, progress = read_stages(args.run)

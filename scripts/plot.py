@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from logs import read_json, read_log, refuse, series
+from logs import png, read_json, read_log, refuse, series
 
 try:
     import matplotlib
@@ -60,9 +60,8 @@ def draw(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', nargs='+', type=Path, metavar='OUT', help='folder of a run, with its log.jsonl')
-    parser.add_argument('-o', '--output', type=Path, default='curves.png', metavar='PNG', help='(%(default)s)')
+    parser.add_argument('-o', '--output', type=png, default='curves.png', metavar='PNG', help='(%(default)s)')
     args = parser.parse_args()
-    args.output = args.output if args.output.suffix else args.output.with_suffix('.png')
 
     labels = [arch_of(out) for out in args.out]
     runs = [(label if labels.count(label) == 1 else f'{label} ({out})', read_log(out))

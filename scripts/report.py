@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from logs import refuse
+from logs import png, refuse
 from report_page import Page
 from ways import collect, table
 
@@ -66,7 +66,7 @@ def main():
     parser.add_argument('out', nargs='+', type=Path, metavar='OUT', help='folder of a run')
     parser.add_argument('--teacher', nargs=1, type=Path, default=[], metavar='OUT', help='the run of their teacher')
     parser.add_argument('-o', '--output', type=Path, default='report.html', metavar='HTML', help='(%(default)s)')
-    parser.add_argument('--curves', type=Path, metavar='PNG', help='draw the curves of top-1 as a picture, too')
+    parser.add_argument('--curves', type=png, metavar='PNG', help='draw the curves of top-1 as a picture, too')
     args = parser.parse_args()
     ways, teacher = collect(args.out, args.teacher)
     print(table(teacher + ways))

@@ -81,7 +81,7 @@ def key(lines):
         '</span>' for line in lines) + '</span>'
 
 
-def curves(title, lines, *, note='', label='epoch', log=False, levels=(), size=(440, 240)):
+def curves(title, lines, *, note='', log=False, levels=()):
     """lines: {name, colour, runs: a list of [(x, y)] each}: their mean in the band of their range.
 
     levels: {name, colour, value}, drawn dashed over the whole width.
@@ -100,16 +100,15 @@ def curves(title, lines, *, note='', label='epoch', log=False, levels=(), size=(
         return missing(title)
     xs = [x for line in drawn for x, _ in line['columns']]
     ys = [y for line in drawn for _, column in line['columns'] for y in column] + [level['value'] for level in levels]
-    axes = Axes(xs, ys, size=size, log=log)
-    body, data = [axes.frame(label)], []
+    axes = Axes(xs, ys, log=log)
+    body, data = [axes.frame('epoch')], []
     for line in drawn:
         style, columns = f'style="--c:{line["colour"]}"', line['columns']
         if any(len(column) > 1 for _, column in columns):
             around = [(x, max(c)) for x, c in columns] + [(x, min(c)) for x, c in reversed(columns)]
             body.append(f'<path class="band" {style} d="{axes.line(around)}Z"/>')
         middle = [(x, float(np.mean(c))) for x, c in columns]
-        dash = ' dash' if line.get('dash') else ''
-        body.append(f'<path class="line{dash}" {style} d="{axes.line(middle)}"/>')
+        body.append(f'<path class="line" {style} d="{axes.line(middle)}"/>')
         if len(middle) < 12:
             body += [f'<circle {style} cx="{axes.x(x)}" cy="{axes.y(y)}" r="2.4"/>' for x, y in middle]
         data.append([line['name'], line['colour'], [[axes.x(x), axes.y(y), x, number(y)] for x, y in middle]])
@@ -117,8 +116,8 @@ def curves(title, lines, *, note='', label='epoch', log=False, levels=(), size=(
         y = axes.y(level['value'])
         body.append(f'<path class="line dash" style="--c:{level["colour"]}" d="M{axes.left} {y}H{axes.right}"/>')
     keys = drawn + [level | {'dash': True} for level in levels]
-    return figure(title, note, ''.join(body), size, {'top': axes.top, 'bottom': axes.bottom, 'label': label,
-                                                    'lines': data}, key(keys))
+    shown = {'top': axes.top, 'bottom': axes.bottom, 'label': 'epoch', 'lines': data}
+    return figure(title, note, ''.join(body), (axes.width, axes.height), shown, key(keys))
 
 
 def reliability(title, colour, bins, ece, size=(220, 236)):
@@ -137,7 +136,7 @@ def reliability(title, colour, bins, ece, size=(220, 236)):
     return figure(title, f'ECE {100 * ece:.1f} %', ''.join(body), size)
 
 
-def stacks(title, rows, parts, unit, note=''):
+def stacks(title, rows, parts, unit):
     """rows: [(name, {part: value})]; parts: [(name, colour)]."""
     height, gap, left, width = 18, 9, 118, 880
     size = (width, len(rows) * (height + gap) + 8)
@@ -156,7 +155,7 @@ def stacks(title, rows, parts, unit, note=''):
         body.append(f'<text x="{x + 6:.1f}" y="{y + 13}">{number(sum(values.values()))} {unit}</text>')
     keys = key([{'name': part, 'colour': colour} for part, colour in parts
                 if any(values.get(part) for _, values in rows)])
-    return figure(title, note, ''.join(body), size, extra=keys)
+    return figure(title, '', ''.join(body), size, extra=keys)
 
 
 def matrix(title, note, column, row, shade, unused, sc, tc, size=(300, 300)):
@@ -179,6 +178,6 @@ def matrix(title, note, column, row, shade, unused, sc, tc, size=(300, 300)):
     return figure(title, note, ''.join(body), size)
 
 
-def missing(title, why='not recorded yet'):
-    return (f'<figure class="missing"><figcaption><b>{escape(title)}</b></figcaption><p class="quiet">{escape(why)}</p>'
-            '</figure>')
+def missing(title):
+    return (f'<figure class="missing"><figcaption><b>{escape(title)}</b></figcaption><p class="quiet">not recorded yet'
+            '</p></figure>')

@@ -21,7 +21,6 @@ from utils.args import base_parser, check, count
 from utils.data import Prepare, load_data
 from utils.order import spread
 from utils.randomness import seed_everything
-from utils.setup import precision
 
 TSNE_CLASSES, TSNE_IMAGES = 10, 1000  # what colours can tell apart and a CPU places in seconds
 COLUMNS = 8  # images in a row of the activation maps
@@ -50,6 +49,8 @@ def main():
     args = check(parser, parser.parse_args())
     if not (args.student_resume or args.pretrained or args.dummy):
         parser.error("the student's weights are missing: --student-resume PATH (or --pretrained)")
+    if args.seeds:
+        parser.error('--seeds: there is nothing to train; --seed is of --dummy')
     args.evaluate = True
     distributed.launch(worker, args)
 
@@ -107,7 +108,7 @@ def look(networks, classes, loader, prepare, device, with_cams, args) -> Seen:
         to_place, to_show = (torch.isin(batch.index.cpu(), torch.tensor(numbers)) for numbers in (placed, shown))
         ready, guess = prepare(batch).images, None
         for i, network in enumerate(networks.values()):
-            with precision(device, args.amp):
+            with setup.precision(device, args.amp):
                 features = network(ready, features=True)
             guess = features.logits.argmax(1) if guess is None else guess  # the teacher's
             logits[i].append(features.logits.float().cpu())

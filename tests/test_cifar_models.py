@@ -1,17 +1,15 @@
-"""Networks for CIFAR: the published sizes, the structure of their blocks, and the contract of `Features`."""
+"""Networks for CIFAR: the published sizes, the structure of their blocks."""
 import math
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from zoo import build, pictures, with_statistics
 
 from models import create_model, imagenet
 from models.cifar import NETWORKS
-
-torch.set_num_threads(1)
 
 # parameters with 100 classes, 10^6 multiply-adds at 32x32, (channels, size) of the stages, channels of the head
 PUBLISHED = {
@@ -43,35 +41,6 @@ PUBLISHED = {
     'cifar_shufflenet_v2': (1_355_528, 44.5, [(116, 16), (232, 8), (464, 4)], 1024),
     'cifar_shufflenet_v2_x1_5': (2_580_548, 93.8, [(176, 16), (352, 8), (704, 4)], 1024),
 }
-# one network of each kind of block, each variant of a path
-NAMES = ['resnet8', 'resnet8x4', 'cifar_resnet18', 'wrn_16_1', 'wrn_16_2', 'cifar_vgg13', 'cifar_mobilenet_v2',
-         'shufflenet_v1', 'cifar_shufflenet_v2']
-
-
-def images(size=32):
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def build(name, num_classes=10):
-    torch.manual_seed(0)
-    return create_model(name, num_classes)
-
-
-def norms(model):
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def with_statistics(model):
-    """Eval mode, with the running statistics of one batch and weights of the norms that differ."""
-    for norm in norms(model):
-        norm.momentum = 1.0
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.5)
-    with torch.no_grad():
-        model.train()(images())
-    return model.eval()
-
-
 # the published table
 
 @pytest.mark.parametrize('name', PUBLISHED)
@@ -190,7 +159,7 @@ def shufflenet_v1(model, x):
 @torch.no_grad()
 def test_logits_are_those_of_the_formula(name, formula):
     model = with_statistics(build(name)).double()
-    x = images().double()
+    x = pictures(32).double()
     torch.testing.assert_close(model(x), formula(model, x))
 
 
@@ -208,8 +177,8 @@ def test_stages_are_those_of_torchvision_behind_another_stem(name, source):
     theirs = with_statistics(theirs)
     ours = build(name).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    expected = theirs(images())
-    torch.testing.assert_close(ours(images()), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    expected = theirs(pictures(32))
+    torch.testing.assert_close(ours(pictures(32)), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize('name, std, zero_bias', [
@@ -225,77 +194,3 @@ def test_initialisation(name, std, zero_bias):
             assert m.bias is None or not m.bias.any()
     assert model.classifier.weight.std().item() == pytest.approx(std, rel=0.05)
     assert bool(model.classifier.bias.any()) != zero_bias
-
-
-# the contract
-
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('size', [32, 64])
-@torch.no_grad()
-def test_features_belong_together(name, size):
-    model = with_statistics(build(name))
-    out = model(images(size), features=True)
-    assert torch.equal(out.logits, model(images(size)))
-    assert out.logits.shape == (2, 10)
-    torch.testing.assert_close(out.pooled, out.head.mean((2, 3)))
-    assert isinstance(model.classifier, nn.Linear)
-    torch.testing.assert_close(model.classifier(out.pooled), out.logits)
-
-    assert len(out.preact) == len(out.maps) == len(model.feature_channels) == len(model.feature_norms)
-    assert [m.shape[1] for m in out.maps] == model.feature_channels
-    for preact, after in zip(out.preact, out.maps, strict=True):
-        assert preact.min() < 0
-        assert after is preact if name == 'cifar_mobilenet_v2' else torch.equal(F.relu(preact), after)
-
-
-def test_vgg_pools_between_all_blocks_of_larger_images():
-    model = build('cifar_vgg8').eval()
-    sizes = {size: [m.shape[2] for m in model(images(size), features=True).maps] for size in (16, 32, 64, 128)}
-    assert sizes == {16: [8, 4, 4, 4], 32: [16, 8, 4, 4], 64: [32, 16, 8, 4], 128: [64, 32, 16, 8]}
-
-
-@pytest.mark.parametrize('name', [name for name in NAMES if name.startswith(('wrn', 'cifar_vgg'))])
-@torch.no_grad()
-def test_norms_give_the_preactivations(name):
-    model = with_statistics(build(name))
-    seen = {}
-    for norm in norms(model):
-        norm.register_forward_hook(lambda module, args, output: seen.update({module: output.clone()}))
-    out = model(images(), features=True)
-    assert all(torch.equal(seen[norm], preact) for norm, preact in zip(model.feature_norms, out.preact, strict=True))
-
-
-@pytest.mark.parametrize('name', [name for name in NAMES if 'shufflenet_v2' not in name])
-@torch.no_grad()
-def test_nothing_but_a_residual_sum_follows_the_norms(name):
-    """So what is added to the bias of a norm is added to the pre-activation, and to nothing before it."""
-    model = with_statistics(build(name))
-    before = model(images(), features=True).preact
-    for i, norm in enumerate(model.feature_norms):
-        bias = norm.bias.clone()
-        norm.bias += 1
-        after = model(images(), features=True).preact
-        torch.testing.assert_close(after[i], before[i] + 1, rtol=1e-4, atol=1e-4)
-        assert all(torch.equal(after[j], before[j]) for j in range(i))
-        norm.bias.copy_(bias)
-
-
-def test_no_single_norm_covers_a_shuffled_map():
-    assert build('cifar_shufflenet_v2').feature_norms == [None] * 3
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_a_training_step(name):
-    """Every norm runs once, nothing is changed in place, gradients reach every map."""
-    model = build(name).train()
-    calls = Counter()
-    for norm in norms(model):
-        norm.register_forward_hook(lambda module, args, output: calls.update([module]))
-    out = model(images(), features=True)
-    assert calls == Counter(norms(model))
-    assert all(norm.num_batches_tracked == 1 for norm in norms(model))
-
-    tensors = [*out.preact, *out.maps, out.head, out.pooled]
-    assert all(t._version == 0 for t in [out.logits, *tensors])
-    loss = out.logits.square().sum() + sum(p.square().mean() for p in out.preact)
-    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, tensors))

@@ -37,6 +37,9 @@ PAIRS = """
     resnet32x4-resnet20                0.05  -    -      -         -         -     0.1/10
     cifar_resnet34-cifar_resnet18      0.05  -    -      -         -         -     0.05/2000
     shufflenet_v1-resnet20             0.05  -    -      -         -         -     0.05/1
+    resnet32x4-cifar_shufflenet_v2_x1_5 0.01 -    -      -         -         -     0.01/100
+    resnet56-cifar_shufflenet_v2       0.01  -    -      -         -         -     0.01/1
+    wrn_40_2-cifar_shufflenet_v2       0.01  -    -      -         -         0.01  -
 """
 ROWS = {pair: row for pair, *row in map(str.split, PAIRS.strip().splitlines()[1:])}
 SRD = {'wrn_40_4-wrn_16_4': 10, 'wrn_40_2-wrn_40_1': 10, 'wrn_40_4-wrn_16_2': 4,  # B

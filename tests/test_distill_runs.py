@@ -157,6 +157,10 @@ def test_flags_of_another_method_are_no_accident(distill, images, teacher, tmp_p
     assert 'names a method twice' in distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', 'kd')).err
     run = distill(*flags(images, teacher, tmp_path / 'o', '--distiller', 'mgd', '--kd-weight', 2))
     assert run.code == 2 and '--kd-weight: of a method that --distiller (mgd) does not name' in run.err
+    for given, complaint in ((['--kd-temperature', 3], '--kd-temperature: of a method'),
+                             (['--distiller', 'dkd'], 'leave --distiller out')):
+        run = distill(*flags(images, teacher, tmp_path / 'o', '--mgd-with-kd', 1, *given))
+        assert run.code == 2 and complaint in run.err and not (tmp_path / 'o').exists()
 
 
 def test_what_standardizes_logits_that_nobody_sees_is_refused(distill, images, teacher, tmp_path):

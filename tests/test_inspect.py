@@ -141,7 +141,9 @@ def test_fast_is_measured_with_the_teacher_that_it_folds(distill, images, teache
     seen = []
     monkeypatch.setattr(lean, 'folded', lambda network, fold=lean.folded: seen.append(network) or fold(network))
     run = distill(images, *PAIR, '--teacher-resume', teacher(3), '--distiller', 'kd', '--fast', '--inspect')
-    assert run.code == 0 and len(seen) == 1, run.out
+    assert run.code == 0 and len(seen) == 1 and 'fast: --fold-teacher' in run.out, run.out
+    run = distill(images, *PAIR, '--distiller', 'dml', '--fast', '--inspect')  # whose teacher moves on
+    assert run.code == 0 and len(seen) == 1 and 'fast: ' in run.out and '--fold-teacher' not in run.out, run.out
 
 
 def test_all_problems_at_once(distill, images, teacher, tmp_path):
@@ -206,14 +208,15 @@ def test_loss_that_is_not_finite(base, images):
 
 def test_part_of_one_rank(base, images, monkeypatch):
     """Of several ranks the first one looks, and does its part."""
-    def spawned(ranks, batch):
+    def spawned(ranks, batch, *more):
         return base(images, '--multiprocessing-distributed', '--procs-per-node', ranks, '-b', batch, '--inspect', '-a',
-                    'shufflenet_v2_x0_5')
+                    'shufflenet_v2_x0_5', *more)
 
     run = spawned(2, 8)
     assert run.code == 0 and '8 images per update = 4 x 2 ranks' in run.out and 'cost of a batch of 4 images' in run.out
     run = spawned(4, 8)  # the last 7 of 39 images are 2 + 2 + 2 + 1
     assert run.code == 1 and problems(run)[0].startswith('training, on the last batch of an epoch, of which')
+    assert problems(spawned(4, 8, '--sync-bn')) == ['--sync-bn needs GPUs']  # which takes statistics of all of them
     assert 'a batch of 3 is smaller than the number of ranks, 4' in problems(spawned(4, 3))
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')

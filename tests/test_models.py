@@ -1,46 +1,13 @@
-"""Networks: the contract of `Features`, equality with torchvision, and `create_model`."""
-from collections import Counter
-
+"""Networks for ImageNet: equality with torchvision, the stages they show; and `create_model`."""
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-from torch import nn
+from zoo import build, pictures, with_statistics
 
-from models import Features, create_model, model_names
+from models import create_model, model_names
 from models.imagenet import NETWORKS
 
-torch.set_num_threads(1)
-
-# one network of each kind of block, each variant of a path
-NAMES = ['resnet18', 'resnet50', 'mobilenet_v1', 'mobilenet_v2', 'mobilenet_v2_mgd', 'shufflenet_v2_x0_5']
 TORCHVISION = [name for name in torchvision.models.list_models(module=torchvision.models) if name in NETWORKS]
-
-
-def images(height=64, width=64, n=2):
-    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(0))
-
-
-def build(name, num_classes=10):
-    torch.manual_seed(0)
-    return create_model(name, num_classes)
-
-
-def activation(name):
-    return F.relu6 if name.startswith('mobilenet_v2') else F.relu
-
-
-def norms(model):
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def with_statistics(model):
-    """Eval mode, with the running statistics of one batch."""
-    for norm in norms(model):
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(images())
-    return model.eval()
 
 
 def assert_same_tensors(a, b):
@@ -58,7 +25,7 @@ def test_names_initialisation_and_logits_are_those_of_torchvision(name):
     assert_same_tensors(ours.state_dict(), theirs.state_dict())
 
     ours.load_state_dict(with_statistics(theirs).state_dict(), strict=True)
-    x = 10 * images()  # large enough to tell ReLU from ReLU6
+    x = 10 * pictures(64)  # large enough to tell ReLU from ReLU6
     with torch.no_grad():
         expected, logits = theirs(x), ours.eval()(x)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
@@ -93,80 +60,13 @@ def test_mobilenet_v1_has_the_public_names_and_parameter_count():
     assert [model.feature_norms[i] is model.model[item][4] for i, item in enumerate((3, 5, 11, 13))] == [True] * 4
 
 
-# the contract
-
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('height, width', [(64, 64), (97, 65)])
-def test_features_belong_together(name, height, width):
-    model = with_statistics(build(name))
-    x = 10 * images(height, width)  # large enough to tell ReLU from ReLU6
-    out = model(x, features=True)
-    assert isinstance(out, Features)
-    assert torch.equal(out.logits, model(x))
-    assert out.logits.shape == (2, 10)
-    torch.testing.assert_close(out.pooled, out.head.mean((2, 3)))
-    assert isinstance(model.classifier, nn.Linear)
-    torch.testing.assert_close(model.classifier(out.pooled), out.logits)
-
-    assert len(out.preact) == len(out.maps) == len(model.feature_channels) == len(model.feature_norms)
-    assert [m.shape[1] for m in out.maps] == model.feature_channels
-    for preact, after in zip(out.preact, out.maps, strict=True):
-        assert preact.min() < 0
-        assert torch.equal(activation(name)(preact), after)
-    sizes = [m.shape[2] for m in out.maps]
-    assert sizes == sorted(sizes, reverse=True)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_norms_are_the_last_before_the_activation(name):
-    model = with_statistics(build(name))
-    stages = [model.layer1, model.layer2, model.layer3, model.layer4] if name.startswith('resnet') else []
-    seen = {}
-    for module in [*norms(model), *(stage[-2] for stage in stages)]:
-        module.register_forward_hook(lambda module, args, output: seen.update({module: output.clone()}))
-    out = model(images(), features=True)
-    if name.startswith('shufflenet'):
-        assert model.feature_norms == [None] * 3
-    elif name.startswith('mobilenet'):
-        assert all(torch.equal(seen[norm], m) for norm, m in zip(model.feature_norms, out.preact, strict=True))
-    else:
-        # the preact is a residual sum: the norm's output plus the input of the stage's last block
-        for stage, norm, preact in zip(stages, model.feature_norms, out.preact, strict=True):
-            assert torch.equal(seen[norm] + F.relu(seen[stage[-2]]), preact)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_nothing_that_is_shown_is_changed_in_place(name):
-    out = build(name).train()(images(), features=True)
-    assert all(t._version == 0 for t in [out.logits, out.pooled, out.head, *out.preact, *out.maps])
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_gradients_reach_every_map(name):
-    out = build(name).train()(images(), features=True)
-    tensors = [*out.preact, *out.maps, out.head, out.pooled]
-    loss = out.logits.square().sum() + sum(p.square().mean() for p in out.preact)
-    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, tensors))
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_every_norm_runs_once(name):
-    model = build(name).train()
-    calls = Counter()
-    for norm in norms(model):
-        norm.register_forward_hook(lambda module, args, output: calls.update([module]))
-    model(images(), features=True)
-    assert calls == Counter(norms(model))
-    assert all(norm.num_batches_tracked == 1 for norm in norms(model))
-
-
 @pytest.mark.parametrize('name, maps', [
     ('mobilenet_v2', [(144, 56), (192, 28), (576, 14), (960, 7)]),
     ('mobilenet_v2_mgd', [(144, 28), (192, 28), (384, 14), (960, 7)]),
 ])
 def test_mobilenet_v2_taps(name, maps):
     with torch.no_grad():
-        out = build(name).eval()(images(224, 224, n=1), features=True)
+        out = build(name).eval()(pictures(224, n=1), features=True)
     assert [(m.shape[1], m.shape[2]) for m in out.maps] == maps
     assert out.head.shape[1] == 1280
 
@@ -179,7 +79,7 @@ def test_stages_of_the_other_networks():
             'mobilenet_v1': [(128, 16), (256, 8), (512, 4), (1024, 2)],
             'shufflenet_v2': [(116, 8), (232, 4), (464, 2)],
         }.items():
-            assert [(m.shape[1], m.shape[2]) for m in build(name).eval()(images(), features=True).maps] == maps
+            assert [(m.shape[1], m.shape[2]) for m in build(name).eval()(pictures(64), features=True).maps] == maps
 
 
 # create_model
@@ -202,7 +102,7 @@ def test_unknown_name_suggests_close_ones():
 @pytest.mark.parametrize('name, size', [('squeezenet1_1', 64), ('googlenet', 64), ('inception_v3', 96)])
 @pytest.mark.filterwarnings('ignore:The default weight initialization:FutureWarning')
 def test_networks_of_torchvision_give_logits_in_training(name, size):
-    assert create_model(name, 10).train()(images(size, size)).shape == (2, 10)
+    assert create_model(name, 10).train()(pictures(size)).shape == (2, 10)
 
 
 def publish(monkeypatch, name, state):
@@ -244,7 +144,7 @@ def test_pretrained_inception_loses_its_auxiliary_head_only(monkeypatch):
     state = torchvision.models.inception_v3(init_weights=False).state_dict()
     publish(monkeypatch, 'inception_v3', state)
     model = create_model('inception_v3', pretrained=True)
-    assert model.train()(images(96, 96)).shape == (2, 1000)
+    assert model.train()(pictures(96)).shape == (2, 1000)
     assert set(state) - set(model.state_dict()) == {key for key in state if key.startswith('AuxLogits')}
 
 

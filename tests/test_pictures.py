@@ -204,6 +204,7 @@ def test_images_of_all_of_some_classes_are_placed():
     ([*CIFAR, '--arch', 'resnet8', '--teacher-arch', 'resnet8', '--dummy-images', '4'], 'one validation image'),
     ([*CIFAR, '--arch', 'resnet8', '--teacher-arch', 'resnet8', '--dummy-images', '16', '-o', '{}/a.pth'],
      'cannot write to'),
+    (['--dummy', '--arch', 'resnet8', '--seeds', '0', '1', '-o', '{}'], '--seeds: there is'),
 ])
 def test_what_cannot_be_drawn_is_said_in_a_line(visual, tmp_path, flags, complaint):
     torch.save(create_model('resnet8', 3).state_dict(), tmp_path / 'a.pth')
@@ -235,7 +236,7 @@ def run(once, distill, tmp_path_factory):
 
 
 def test_matching_of_a_run(match, run, tmp_path):
-    done = match(run, '-o', tmp_path / 'a.png')
+    done = match(run, '-o', tmp_path / 'a')
     assert (done.code, done.out) == (0, f'{tmp_path / "a.png"}\n') and is_picture(tmp_path / 'a.png')
 
     stages, progress = matching.read_stages(run)

@@ -320,6 +320,7 @@ def test_a_student_alone_has_the_recipe_of_the_others(tmp_path):
     assert compare.of_student(compare.spelt_out(words)) == ['--lr', '0.3', '--epochs', '7', '--pretrained', '--arch',
                                                             'net']
     assert compare.spelt_out(['--use-pretrained', '0', '-j', '1']) == ['-j', '1']
+    assert compare.spelt_out(['--use-pretrained=1', '-j', '1']) == ['--pretrained', '-j', '1']
 
 
 def test_what_a_run_has_said(tmp_path):

@@ -22,8 +22,8 @@ from utils.views import CenterView
 
 
 @pytest.fixture(scope='module')
-def plain(images, tmp_path_factory):
-    """Flags of a short run, and its weights: what every switch has to change."""
+def plain(images):
+    """Flags of a short run."""
     return [images, '--epochs', 1, '-b', 13]
 
 

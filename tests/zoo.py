@@ -1,9 +1,9 @@
-"""Small networks, and pairs of them that stand in every relation of shapes a method may meet."""
+"""Small networks, pairs of them that stand in every relation of shapes a method may meet, and ours with statistics."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Features
+from models import Features, create_model
 from utils.data import Batch
 
 CLASSES = 5
@@ -67,3 +67,27 @@ def make_batch(n: int = 6, size: int = 16, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(torch.randn(n, 3, size, size, generator=generator), torch.arange(n) % CLASSES, torch.arange(n),
                  torch.full((n,), -1))
+
+
+def build(name: str, num_classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, num_classes)
+
+
+def pictures(height: int, width: int = 0, n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 3, height, width or height, generator=torch.Generator().manual_seed(0))
+
+
+def norms_of(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def with_statistics(network: nn.Module, size: int = 64) -> nn.Module:
+    """Eval mode, with the running statistics of one batch and weights of the norms that differ."""
+    for norm in norms_of(network):
+        norm.momentum = 1.0
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+    with torch.no_grad():
+        network.train()(pictures(size))
+    return network.eval()

@@ -6,7 +6,8 @@ checkpoint.pth is a plain dict:
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, best, last, seconds
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
-    facts      what else the run is tied to: hashes of its images' names and of the teacher's weights, what that gets
+    facts      what else the run is tied to: hashes of its images' names, of the weights it starts from,
+               and of the teacher's, with what that gets
     classes    of the data, in the order of the outputs
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.

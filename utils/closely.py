@@ -15,14 +15,21 @@ LOOKS, APART = 4, 50  # per epoch, and updates between two: a look costs a backw
 _looking = None  # the Closely whose update is looked at now
 
 
+def now(device: torch.device) -> float:
+    """When the device has done all that it was told to."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextmanager
 def timed(name: str):
     """Add what the block takes to the times of the update, if it is looked at."""
     look = None if torch.compiler.is_compiling() else _looking
-    began = look and look.now()
+    began = look and now(look.device)
     yield
     if look:
-        look.spent[name] = look.spent.get(name, 0.0) + look.now() - began
+        look.spent[name] = look.spent.get(name, 0.0) + now(look.device) - began
 
 
 class Closely:
@@ -40,12 +47,6 @@ class Closely:
         self.on = update % self.every == self.every // 2
         _looking = self if self.on else None
         self.spent, self.by_labels = {}, None
-
-    def now(self) -> float:
-        """When the device has done all that it was told to."""
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def at_losses(self, losses: dict, weight: float):
         """Before a backward pass: keep the gradient of the labels' part. The graph stays."""

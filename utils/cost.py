@@ -2,7 +2,6 @@
 import io
 import os
 import sys
-import time
 from contextlib import redirect_stdout
 from itertools import islice, pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import median
 
 import torch
 
+from .closely import now
 from .engine import train_one_epoch
 from .graph import WARM_UP
 from .learner import Learner
@@ -100,12 +100,6 @@ def preparation(distillation, train, prepare, pairs: float, n: int, device) -> d
 def cut(batch, n: int):
     return batch._replace(**{name: value[:n] for name, value in batch._asdict().items()
                              if isinstance(value, torch.Tensor) and value.ndim})
-
-
-def now(device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def forget_peak(device):

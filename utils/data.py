@@ -209,14 +209,10 @@ def make_loader(images, order, args):
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     loader = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
                         timeout=args.dist_timeout if args.workers else 0, persistent_workers=args.workers > 0,
-                        worker_init_fn=_worker, generator=torch.Generator(),
+                        worker_init_fn=signals.ignore, generator=torch.Generator(),
                         pin_memory=torch.cuda.is_available() and not args.no_accel, multiprocessing_context=fork)
     distributed.at_end.callback(dismiss_workers, loader)
     return loader
-
-
-def _worker(number):
-    signals.ignore()
 
 
 def dismiss_workers(loader):

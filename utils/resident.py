@@ -9,13 +9,8 @@ import torch.nn.functional as F
 
 VIEWS = 9 * 9 * 2
 CENTRE = (4 * 9 + 4) * 2  # the image as it is
-PLACES = torch.tensor([18, 2, 1])
+PLACES = torch.tensor([18, 2, 1])  # of row, column and flip in a view's number
 REFLECTED = torch.tensor([4, 3, 2, 1, *range(32), 30, 29, 28, 27])
-
-
-def view_number(shift: torch.Tensor) -> torch.Tensor:
-    """[..., 3] row, column, flip -> [...]"""
-    return shift @ PLACES
 
 
 def pad(images: torch.Tensor, padding: str) -> torch.Tensor:

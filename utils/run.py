@@ -1,6 +1,8 @@
 """A run: what it was asked, where it stands, what came of it, in its folder.
 
     args.json  log.jsonl  result.json  checkpoint.pth  checkpoint.previous.pth  best.pth  last.pth  events.out.*
+    teacher.pth       where it learns, too
+    start.* evaluate.*    scores before the first epoch, and of --evaluate
     interrupted       there while a run has stopped for a signal and waits to be started again
     nonfinite.json    where and when a loss was not finite
     predictions.npz   of the last epoch: of each validation image the class, the guess, and how sure it was

@@ -13,13 +13,13 @@ PRECISIONS = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def configure(args, device: torch.device):
-    """cudnn.benchmark picks the fastest kernels, which need not be the same the next time."""
+    """What flags ask of PyTorch itself, and what --fast stands for."""
     if args.fast:
         args.channels_last, args.amp = True, 'bf16' if args.amp == 'off' and has_bf16(device) else args.amp
-        distributed.say(f'fast: --channels-last --amp {args.amp}' + ' --fold-teacher' * hasattr(args, 'fold_teacher'))
+        distributed.say(f'fast: --channels-last --amp {args.amp}')
     if args.cuda_graph and (device.type != 'cuda' or (args.gpu is None and torch.cuda.device_count() > 1)):
         distributed.stop('--cuda-graph needs a GPU, and only one: name it with --gpu')
-    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.backends.cudnn.benchmark = not args.deterministic  # the fastest kernels may be others the next time
     if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
         torch._dynamo.config.recompile_limit = 32
         warnings.filterwarnings('ignore', 'TensorFloat32 tensor cores')  # losses and the matching stay exact

@@ -43,7 +43,7 @@ def _note(number: int):
         os._exit(128 + number)
 
 
-def ignore():
+def ignore(worker: int):
     """For loader workers: a signal to the process group must not take them away before the run has saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

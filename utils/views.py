@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from .args import beyond_crop_and_flip, further_augmentation
 from .crops import cut, random_box
 from .randomness import generator, seeded
-from .resident import CENTRE, pad, view_number
+from .resident import CENTRE, PLACES, pad
 
 STATISTICS = {  # mean and std of the normalisation; four digits, as published teachers had them
     'imagefolder': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -81,7 +81,7 @@ def shifts(seed: int, epoch: int, length: int) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def view_numbers(seed: int, epoch: int, length: int) -> torch.Tensor:
-    return view_number(shifts(seed, epoch, length))
+    return shifts(seed, epoch, length) @ PLACES
 
 
 class ShiftView:

@@ -1,21 +1,19 @@
 """Networks for ImageNet-sized images."""
-from .mobilenet_v1 import mobilenet_v1
+from functools import partial
+
+from .mobilenet_v1 import MobileNetV1
 from .mobilenet_v2 import mobilenet_v2, mobilenet_v2_mgd
-from .resnet import resnet18, resnet34, resnet50, resnet101, resnet152
-from .shufflenet_v2 import shufflenet_v2_x0_5, shufflenet_v2_x1_0, shufflenet_v2_x1_5, shufflenet_v2_x2_0
+from .resnet import DEPTHS, ResNet
+from .shufflenet_v2 import ShuffleNetV2
 
 NETWORKS = {
-    'resnet18': resnet18,
-    'resnet34': resnet34,
-    'resnet50': resnet50,
-    'resnet101': resnet101,
-    'resnet152': resnet152,
-    'mobilenet_v1': mobilenet_v1,
+    **{f'resnet{layers}': partial(ResNet, *blocks) for layers, blocks in DEPTHS.items()},
+    'mobilenet_v1': MobileNetV1,
     'mobilenet_v2': mobilenet_v2,
     'mobilenet_v2_mgd': mobilenet_v2_mgd,
-    'shufflenet_v2': shufflenet_v2_x1_0,
-    'shufflenet_v2_x0_5': shufflenet_v2_x0_5,
-    'shufflenet_v2_x1_0': shufflenet_v2_x1_0,
-    'shufflenet_v2_x1_5': shufflenet_v2_x1_5,
-    'shufflenet_v2_x2_0': shufflenet_v2_x2_0,
+    'shufflenet_v2_x0_5': partial(ShuffleNetV2, (48, 96, 192), 1024),
+    'shufflenet_v2_x1_0': partial(ShuffleNetV2, (116, 232, 464), 1024),
+    'shufflenet_v2_x1_5': partial(ShuffleNetV2, (176, 352, 704), 1024),
+    'shufflenet_v2_x2_0': partial(ShuffleNetV2, (244, 488, 976), 2048),
 }
+NETWORKS['shufflenet_v2'] = NETWORKS['shufflenet_v2_x1_0']

@@ -65,7 +65,3 @@ class MobileNetV1(nn.Module):
         pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
         logits = self.fc(pooled)
         return Features(logits, pooled, x, preacts, maps) if features else logits
-
-
-def mobilenet_v1(num_classes: int = 1000) -> MobileNetV1:
-    return MobileNetV1(num_classes)

@@ -117,21 +117,10 @@ class ResNet(nn.Module):
         return Features(logits, pooled, x, preacts, maps) if features else logits
 
 
-def resnet18(num_classes: int = 1000) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
-
-
-def resnet34(num_classes: int = 1000) -> ResNet:
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes)
-
-
-def resnet50(num_classes: int = 1000) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes)
-
-
-def resnet101(num_classes: int = 1000) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes)
-
-
-def resnet152(num_classes: int = 1000) -> ResNet:
-    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes)
+DEPTHS = {  # blocks of each stage, by the number of layers
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}

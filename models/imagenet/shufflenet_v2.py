@@ -1,7 +1,7 @@
 """ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design. Ma et al., ECCV 2018.
 
-Parameter names are torchvision's. A block returns its shuffled map before the ReLU and the network applies it: the
-untouched half is the result of a ReLU already, so one over the whole map changes nothing there.
+Parameter names are torchvision's. Within a stage a ReLU sits where channels are used, not where they were made, so that
+what a block hands on untouched is not rectified either; the network applies the last one to all channels of a stage.
 """
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.branch1 is None:
             left, right = x.chunk(2, dim=1)
+            right = F.relu(right)
         else:
             left, right = self.branch1(x), x
         return F.channel_shuffle(torch.cat([left, self.branch2(right)], dim=1), groups=2)
@@ -81,9 +82,8 @@ class ShuffleNetV2(nn.Module):
 
         preacts, maps = [], []
         for stage in self.stages:
-            for block in stage:
-                preact = block(x)
-                x = F.relu(preact)
+            preact = stage(x)
+            x = F.relu(preact)
             if features:
                 preacts.append(preact)
                 maps.append(x)
@@ -92,19 +92,3 @@ class ShuffleNetV2(nn.Module):
         pooled = F.adaptive_avg_pool2d(head, 1).flatten(1)
         logits = self.fc(pooled)
         return Features(logits, pooled, head, preacts, maps) if features else logits
-
-
-def shufflenet_v2_x0_5(num_classes: int = 1000) -> ShuffleNetV2:
-    return ShuffleNetV2((48, 96, 192), 1024, num_classes)
-
-
-def shufflenet_v2_x1_0(num_classes: int = 1000) -> ShuffleNetV2:
-    return ShuffleNetV2((116, 232, 464), 1024, num_classes)
-
-
-def shufflenet_v2_x1_5(num_classes: int = 1000) -> ShuffleNetV2:
-    return ShuffleNetV2((176, 352, 704), 1024, num_classes)
-
-
-def shufflenet_v2_x2_0(num_classes: int = 1000) -> ShuffleNetV2:
-    return ShuffleNetV2((244, 488, 976), 2048, num_classes)
