@@ -364,17 +364,17 @@ def test_deterministic_channels_last_and_compile_run(base, plain, tmp_path):
     a, b = (base(*plain, '--deterministic', '--output', tmp_path / name) for name in 'ab')
     assert_same(a.weights(), b.weights())
     torch.use_deterministic_algorithms(False)
-    one_update = [*plain, '-b', 39, '-a', 'resnet18', '--image-size', 64]  # in more, the kernels' rounding grows
+    one_update = [*plain, '-b', 39]  # in more, the kernels' rounding grows
     slow = base(*one_update, '--output', tmp_path / 'c').weights()
     for name, flag in (('d', '--channels-last'), ('e', '--compile')):
         other = base(*one_update, flag, '--output', tmp_path / name).weights()
         assert other.keys() == slow.keys() and all(v.is_contiguous() for v in other.values())
         seed_everything(3, 'initial weights')
         moved = apart = 0.0
-        for key, value in create_model('resnet18', 3).named_parameters():
+        for key, value in create_model('resnet8', 3).named_parameters():
             moved += (slow[key] - value).square().sum()
             apart += (slow[key] - other[key]).square().sum()
-        assert apart < 1e-3 * moved, flag
+        assert apart < 1e-4 * moved, flag
 
 
 def test_what_cannot_be_deterministic_is_named(base, plain, tmp_path, monkeypatch):
