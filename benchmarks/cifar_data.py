@@ -10,7 +10,7 @@ from utils.sources import Dummy
 
 from . import peers
 from .cifar_kd import options
-from .harness import Case, Row, Settings, Variant
+from .harness import Case, Limit, Row, Settings, Variant, copy_rate
 from .plain import plain_negatives, plain_views
 
 
@@ -59,5 +59,11 @@ def cifar_data(settings: Settings, images=512, batch=64, samples=50000, negative
                 part.to(device)
             return {}
         variants[peers.MDISTILLER] = Variant(peer_crd_batch)
+
+    def limit():
+        pixels, rate = 3 * 32 * 32, copy_rate(device)
+        moved = {'views': 5 * pixels * images, 'CRD batch': batch * (5 * pixels + 8 * negatives)}
+        return Limit('pixels read as bytes and written as floats, negatives written, at the rate of a large copy',
+                     {name: size / rate for name, size in moved.items()})
     return Case(variants, [Row('views', 'plain views', 5.0), Row('CRD batch', 'plain CRD batch', 5.0),
-                           Row('CRD batch', peers.MDISTILLER, 9.0)], skipped=skipped)
+                           Row('CRD batch', peers.MDISTILLER, 9.0)], limit=limit, skipped=skipped)

@@ -19,7 +19,7 @@ from utils.sources import Dummy
 from utils.views import PlainView
 
 from . import peers
-from .harness import Case, Row, Settings, Variant
+from .harness import Case, Limit, Row, Settings, Variant, products
 from .mgd_step import arguments, settle, training_step
 from .plain import plain_kd_step
 
@@ -108,4 +108,9 @@ def cifar_kd(settings: Settings, **sizes) -> Case:
         goals = {baseline: (*aims, 4.0, 10.0, 4.0, 10.0) for baseline, aims in goals.items()}
     rows = [Row(variant, baseline, goal, tolerance=tolerance) for baseline, aims in goals.items()
             for (variant, tolerance), goal in zip(tolerances.items(), aims)]
-    return Case(variants, rows, skipped=peers.trouble(settings, peers.MDISTILLER, peers.TORCHDISTILL))
+
+    def limit():
+        live, cached = (products(variants[name].run, {k: variants[k] for k in tolerances if ('cached' in k) == kept},
+                                 settings.device) for name, kept in (('live', False), ('cached', True)))
+        return Limit(f'{live.what}; cached {cached.what.partition(" of")[0]}', {**live.least, **cached.least})
+    return Case(variants, rows, limit=limit, skipped=peers.trouble(settings, peers.MDISTILLER, peers.TORCHDISTILL))

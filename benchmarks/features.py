@@ -4,7 +4,7 @@ import torch
 from models import create_model
 
 from . import peers
-from .harness import Case, Row, Settings, Variant
+from .harness import Case, Row, Settings, Variant, products
 from .plain import restarted_features
 
 
@@ -38,4 +38,5 @@ def mv2_features(settings: Settings, size=224) -> Case:
         network, x = network_and_images(settings, size, batch)
         variants[peers.MGD] = Variant(forward_backward(peers.mobilenet_v2(settings, network), peers.features, x))
     rows = [Row('one pass', baseline, 4.0, tolerance=1e-4) for baseline in ('restarts', peers.MGD)]
-    return Case(variants, rows, skipped=peers.trouble(settings))
+    return Case(variants, rows, skipped=peers.trouble(settings),
+                limit=lambda: products(variants['one pass'].run, {'one pass': variants['one pass']}, settings.device))

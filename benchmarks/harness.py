@@ -55,11 +55,16 @@ class Row(NamedTuple):
     tolerance: float = 1e-5
 
 
+class Limit(NamedTuple):
+    what: str  # that no code of ours could do without, nor faster
+    least: Mapping[str, float] = MappingProxyType({})  # of some variants, in the unit of the case
+
+
 class Case(NamedTuple):
     variants: dict[str, Variant]
     rows: list[Row]
     unit: str = 'ms'
-    limit: Callable[[], str] | None = None  # tells what no code of ours could get below, asked for at the end
+    limit: Callable[[], Limit] | None = None  # asked for at the end
     measures: bool = False  # run() returns (value, result) by itself, of something that noise does not touch
     skipped: tuple[str, ...] = ()  # lines about what could not be compared
     facts: Mapping[str, dict] = MappingProxyType({})  # what else is told of a variant
@@ -157,6 +162,22 @@ def difference(row: Row, ours: dict, baseline: dict) -> float:
 def available(precision: str, device: torch.device) -> bool:
     """bfloat16 is slower than float32 where the processor has no instructions for it."""
     return {'fp32': True, 'tf32': device.type == 'cuda', 'bf16': has_bf16(device)}[precision]
+
+
+def products(run: Callable, variants: Mapping[str, Variant], device: torch.device) -> Limit:
+    """What all of these have to multiply, told by one of them, at the rate of a large product.
+
+    Most products of a network are smaller, or convolutions.
+    """
+    with flop_counter() as counter:
+        run()
+    work, n = counter.get_total_flops(), matmul_size(device)
+    kinds = {name: 'tf32' if v.precision == 'fp32' and device.type == 'cuda' else v.precision
+             for name, v in variants.items() if available(v.precision, device)}
+    rates = {kind: matmul_rate(kind, device) for kind in sorted({*kinds.values()})}
+    told = ', '.join(f'{rate / 1e6:.0f} in {kind}' for kind, rate in rates.items())
+    return Limit(f'{work / 1e9:.3g} GFLOP of products, at the GFLOP/s of one of {n} x {n}, {told}',
+                 {name: work / rates[kind] for name, kind in kinds.items()})
 
 
 def matmul_rate(precision: str, device: torch.device) -> float:

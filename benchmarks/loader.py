@@ -23,7 +23,7 @@ from utils.order import TrainOrder
 from utils.sources import load_source
 from utils.views import STATISTICS, CropView
 
-from .harness import Case, Row, Settings, Variant, spent
+from .harness import Case, Limit, Row, Settings, Variant, copy_rate, spent
 from .plain import plain_loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,10 +111,27 @@ def loader(settings: Settings, images=512, different=128, width=500, height=375,
     row = partial(Row, baseline='classic', tolerance=0.05)  # other crops of the same images
     rows = [row('folder', goal=1.7), row('folder, exact pixels', goal=None), row('prepared', goal=2.7),
             row('raw', goal=8.0), row('raw, on the device', goal=None)]
+
+    def limit():
+        decoded = {'folder': decoding_time(folder), 'prepared': decoding_time(jpeg)}
+        copied = dict.fromkeys(('raw', 'raw, on the device'), 2 * images * 3 * 224**2 / copy_rate(torch.device('cpu')))
+        return Limit('JPEGs decoded from memory, nothing else; raw pixels of the batches read and written, at the rate '
+                     'of a large copy', decoded | copied)
     if settings.device.type != 'cuda':
-        return Case(variants, rows)
+        return Case(variants, rows, limit=limit)
     decoders, more, skipped = decoding(folder, settings.device, batch)
-    return Case(variants | decoders, rows + more, skipped=skipped)
+    return Case(variants | decoders, rows + more, limit=limit, skipped=skipped)
+
+
+def in_memory(folder: Path) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.fromfile(path, np.uint8)) for path in sorted((folder / 'train').rglob('*.jpg'))]
+
+
+def decoding_time(folder: Path) -> float:
+    files, start = in_memory(folder), spent()
+    for file in files:
+        decode_jpeg(file)
+    return 1e3 * (spent() - start)
 
 
 def decoding(folder: Path, device: torch.device, batch: int) -> tuple[dict[str, Variant], list[Row], tuple[str, ...]]:
@@ -123,7 +140,7 @@ def decoding(folder: Path, device: torch.device, batch: int) -> tuple[dict[str, 
     The speed-up over one core is how many cores nvJPEG stands for, while the device does nothing else; over all cores
     it counts what they do at once. Reading, cropping, and the copy of the CPU's pixels are left out.
     """
-    files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in sorted((folder / 'train').rglob('*.jpg'))]
+    files = in_memory(folder)
     parts, cores = [files[i:i + batch] for i in range(0, len(files), batch)], os.cpu_count()
     pool = ThreadPoolExecutor(cores)
     decoders = {'nvJPEG': lambda part: decode_jpeg(part, device=device), 'JPEGs, one core': decode_jpeg,

@@ -8,7 +8,7 @@ import torch
 from distillers import mgd
 
 from . import peers
-from .harness import Case, Row, Settings, Variant, matmul_rate, matmul_size, spent
+from .harness import Case, Limit, Row, Settings, Variant, matmul_rate, matmul_size, spent
 from .plain import plain_assignment, plain_tracking
 
 STAGES = ((128, 256, 56), (256, 512, 28), (512, 1024, 14), (1024, 2048, 7))  # student, teacher, pixels of an edge
@@ -46,8 +46,9 @@ def flow_tracking(settings: Settings, stages=STAGES, batch=32) -> Case:
 
     def limit():
         work, n = sum(2 * batch * size ** 2 * sc * tc for sc, tc, size in stages), matmul_size(settings.device)
-        return (f'{work / 1e9:.0f} GFLOP of products, at the rate of a {n} x {n} product: '
-                f'{work / matmul_rate("fp32", settings.device):.1f} ms')
+        ms = work / matmul_rate('fp32', settings.device)
+        return Limit(f'{work / 1e9:.0f} GFLOP of products, at the rate of one of {n} x {n}: {ms:.3g} ms',
+                     dict.fromkeys(('contiguous', 'channels_last'), ms))
     return Case(variants, rows, limit=limit, skipped=peers.trouble(settings))
 
 
@@ -72,13 +73,13 @@ def flow_assignment(settings: Settings, sc=1024, g=2) -> Case:
     rows = [Row('ours', baseline, 4.0, tolerance=1e-4) for baseline in ('plain', peers.MGD)]
 
     def limit():
-        solved, spent = mgd.solved, []
+        solved, took = mgd.solved, []
 
         def watched(*args):
             start = time.process_time()
             solved(*args)
-            spent.append(1e3 * (time.process_time() - start))
+            took.append(1e3 * (time.process_time() - start))
         with patch.object(mgd, 'solved', watched):
             mgd.match(cost, g)
-        return f'the solver itself takes {spent[0]:.0f} ms'
+        return Limit(f'the solver itself takes {took[0]:.0f} ms', {'ours': took[0]})
     return Case(variants, rows, limit=limit, skipped=peers.trouble(settings))

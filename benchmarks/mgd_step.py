@@ -13,7 +13,7 @@ from utils.optim import make_optimizer
 from utils.setup import compiled, place, precision
 
 from . import peers
-from .harness import Case, Row, Settings, Variant, available, flop_counter, matmul_rate, matmul_size
+from .harness import Case, Limit, Row, Settings, Variant, copy_rate, products
 from .plain import plain_step
 
 PEER_BF16 = f'{peers.MGD} bf16'  # as it is, under autocast
@@ -120,18 +120,8 @@ def mgd_step(settings: Settings, **sizes) -> Case:
     asked = {name for row in rows for name in (row.variant, row.baseline)}
     variants = {name: Variant(build(), kind)
                 for name, (build, kind) in builders(settings, sizes_for(settings, sizes)).items() if name in asked}
-    return Case(variants, rows, limit=lambda: arithmetic(variants['folded'].run, settings.device),
+    return Case(variants, rows, limit=lambda: products(variants['folded'].run, variants, settings.device),
                 skipped=peers.trouble(settings))
-
-
-def arithmetic(run, device) -> str:
-    """What a step has to multiply, and how fast a large product is: most of its own are small, or convolutions."""
-    with flop_counter() as counter:
-        run()
-    work, n = counter.get_total_flops(), matmul_size(device)
-    rates = (f'{matmul_rate(precision, device) / 1e6:.0f} GFLOP/s in {precision}'
-             for precision in ('fp32', 'tf32', 'bf16') if available(precision, device))
-    return f'{work / 1e9:.0f} GFLOP of products; a {n} x {n} product reaches {", ".join(rates)}'
 
 
 def mgd_overhead(settings: Settings, **sizes) -> Case:
@@ -145,4 +135,12 @@ def mgd_overhead(settings: Settings, **sizes) -> Case:
                 variants[f'{kind} {way}{"with" if distil else "without"}'] = Variant(run, kind)
             rows.append(Row(f'{kind} {way}with', f'{kind} {way}without', 0.10 if compile else goal, 'overhead',
                             tolerance=float('inf')))
-    return Case(variants, rows)
+    def limit():
+        student, teacher, method, batch = ingredients(settings, **sizes)
+        with torch.no_grad():
+            shown = [network(batch.images, features=True).preact for network in (student, teacher)]
+        s, t = (sum(maps[i].numel() for i in of) for maps, of in zip(shown, zip(*method.pairing)))
+        ms = 4 * (4 * s + t) / copy_rate(settings.device)
+        return Limit(f"MGD's maps in fp32 (the teacher's read once, the student's there and back), at the rate of a "
+                     f'large copy: {ms:.3g} ms')
+    return Case(variants, rows, limit=limit)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import CASES, peers  # noqa: E402
-from benchmarks.harness import METRICS, Case, Mismatch, Outcome, Settings, measure  # noqa: E402
+from benchmarks.harness import METRICS, Case, Limit, Mismatch, Outcome, Settings, measure  # noqa: E402
 from utils.run import git_revision  # noqa: E402
 
 LINE = '{:<16} {:<20} {:<20} {:>5} {:>8} {:>8} {:>2} {:>9} {:>6} {:>13} {:>7}  {}'
@@ -88,21 +88,23 @@ def one(make, name: str, settings: Settings, rounds: int) -> list[dict] | None:
 def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
     """Print the rows of a case and return them for the record."""
     records = []
-    limit = case.limit() if case.limit else None
+    limit = case.limit() if case.limit else Limit('')
     for outcome in outcomes:
         row, ratios = outcome.row, outcome.ratios
         low, median, high = np.percentile(ratios, (25, 50, 75))
         ours, baseline = np.median(outcome.ours), np.median(outcome.baseline)
         facts = case.facts.get(row.variant, {})
-        goal, verdict = '', ', '.join(f'{key}: {value}' for key, value in facts.items())
+        if row.variant in limit.least:
+            facts = {'times its limit': round(ours / limit.least[row.variant], 2)} | facts
+        goal, verdict = '', [f'{key}: {value}' for key, value in facts.items()]
         if row.goal is not None:
             goal = f'{">=" if METRICS[row.metric][1] else "<="} {row.goal}'
-            verdict = ', '.join(['ok' if outcome.reached else 'MISSED'] + [verdict] * bool(verdict))
+            verdict = ['ok' if outcome.reached else 'MISSED', *verdict]
         print(LINE.format(name, row.variant, row.baseline, outcome.precision, figures(ours), figures(baseline),
-                          case.unit, row.metric, f'{median:.2f}', f'{low:.2f} .. {high:.2f}', goal, verdict))
+                          case.unit, row.metric, f'{median:.2f}', f'{low:.2f} .. {high:.2f}', goal, ', '.join(verdict)))
         records.append({'case': name, **row._asdict(), 'precision': outcome.precision, 'unit': case.unit,
                         'ours': outcome.ours, 'against': outcome.baseline, 'error': outcome.error, 'ratio': median,
-                        'quartiles': [low, high], 'reached': outcome.reached, 'limit': limit, **facts})
+                        'quartiles': [low, high], 'reached': outcome.reached, 'limit': limit.what, **facts})
     measured = {outcome.row for outcome in outcomes}
     for row in case.rows:
         if row not in measured and row.variant in case.variants and row.baseline in case.variants:
@@ -110,8 +112,8 @@ def show(name: str, case: Case, outcomes: list[Outcome]) -> list[dict]:
     errors = [outcome.error for outcome in outcomes if np.isfinite(outcome.row.tolerance)]
     if errors:
         print(f'{"":<16} equal results, up to {max(errors):.0e} of their mean magnitude')
-    if limit:
-        print(f'{"":<16} limit: {limit}')
+    if limit.what:
+        print(f'{"":<16} limit: {limit.what}')
     for line in case.skipped:
         print(f'{"":<16} skipped: {line}')
     sys.stdout.flush()

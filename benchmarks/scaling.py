@@ -13,7 +13,7 @@ from distillers import Distillation
 from utils import distributed
 from utils.args import base_parser
 
-from .harness import Case, Row, Settings, Variant
+from .harness import Case, Limit, Row, Settings, Variant
 from .mgd_step import arguments, ingredients, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def scaling(settings: Settings, ranks=(1, 2), steps=STEPS, **sizes) -> Case:
     variants = {named(n): Variant(on_ranks(n, settings, steps, sizes)) for n in enough}
     rows = [Row(named(n), named(1), None, tolerance=0.1) for n in enough[1:]]
     skipped = tuple(f'{named(n)}: {there} fit on this machine' for n in ranks if n > there)
-    return Case(variants, rows, measures=True, limit=lambda: 'as many times as there are ranks', skipped=skipped)
+    return Case(variants, rows, measures=True, limit=lambda: Limit('as many times as there are ranks'), skipped=skipped)
 
 
 def named(ranks: int) -> str:

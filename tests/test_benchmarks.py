@@ -21,7 +21,7 @@ from benchmarks.breakdown import Counter
 from benchmarks.cifar_data import cifar_data
 from benchmarks.cifar_kd import cifar_kd
 from benchmarks.cifar_run import cifar_run
-from benchmarks.harness import Case, Mismatch, Row, Settings, Variant, flop_counter, measure, timed
+from benchmarks.harness import Case, Limit, Mismatch, Row, Settings, Variant, flop_counter, measure, timed
 from benchmarks.loader import decoding, write_folder
 from benchmarks.memory import held, peak
 from benchmarks.methods import methods
@@ -72,6 +72,26 @@ def test_the_first_round_does_not_count():
         return spend(next(durations)).run()
     outcome, = measure(case(Row('a', 'b', 1), a=Variant(slow_at_first), b=spend(2)), CPU, rounds=4)
     assert outcome.ours == pytest.approx([2] * 4)
+
+
+def test_the_limit_of_a_case_is_told_and_how_far_each_variant_is_from_it(tmp_path, capsys):
+    made = case(Row('a', 'b', 1.5), Row('c', 'b', None), a=spend(2), b=spend(8), c=spend(4))
+    made = made._replace(limit=lambda: Limit('a millisecond of products', {'a': 1.0}))
+    main({'some': lambda settings: made}, ['--rounds', '2', '--output', str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith('ok, times its limit: 2.0') for line in lines) and not any('limit: 4' in x for x in lines)
+    assert any(line.strip() == 'limit: a millisecond of products' for line in lines)
+    a, c = json.loads((tmp_path / 'bench.json').read_text())['rows']
+    assert a['times its limit'] == 2 and 'times its limit' not in c and a['limit'] == 'a millisecond of products'
+
+
+def test_products_are_counted_and_their_rate_is_measured(monkeypatch):
+    monkeypatch.setattr(harness, 'matmul_rate', lambda kind, device: {'fp32': 1e3, 'bf16': 4e3}[kind])
+    monkeypatch.setattr(harness, 'has_bf16', lambda device: True)
+    a, b = torch.ones(10, 20), torch.ones(20, 30)
+    limit = harness.products(lambda: a @ b, {'x': spend(1), 'y': spend(1)._replace(precision='bf16')}, CPU.device)
+    assert limit.least == {'x': 12.0, 'y': 3.0}  # 2 x 10 x 20 x 30 FLOP
+    assert limit.what.startswith('1.2e-05 GFLOP of products')
 
 
 @pytest.mark.parametrize('metric, goal, reached', [('speed-up', 3.9, True), ('speed-up', 4.1, False),

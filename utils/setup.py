@@ -65,7 +65,7 @@ def place(network: nn.Module, device: torch.device, args) -> nn.Module:
 
 
 class StridedDepthwise(nn.Conv2d):
-    """In float32 where it learns: what a CPU has for the gradient of its input in bf16 takes 10 to 150 times as long."""
+    """In float32 where it learns: a CPU takes 10 to 150 times as long for the gradient of its input in bf16."""
 
     def forward(self, x):
         if not torch.is_grad_enabled():
