@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import distributed
+from .depthwise import replace_strided_depthwise
 
 PRECISIONS = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -58,20 +59,8 @@ def place(network: nn.Module, device: torch.device, args) -> nn.Module:
     """To the device, in the layout the flags ask for; no name in its state_dict changes."""
     network = network.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     if device.type == 'cpu' and args.amp == 'bf16':
-        for module in network.modules():
-            if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels and max(module.stride) > 1:
-                module.__class__ = StridedDepthwise
+        replace_strided_depthwise(network)
     return compiled(network, args)
-
-
-class StridedDepthwise(nn.Conv2d):
-    """In float32 where it learns: a CPU takes 10 to 150 times as long for the gradient of its input in bf16."""
-
-    def forward(self, x):
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        with torch.autocast('cpu', enabled=False):
-            return super().forward(x.float())
 
 
 def compiled(module: nn.Module, args) -> nn.Module:
