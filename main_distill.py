@@ -22,7 +22,7 @@ from distillers.cache import TeacherCache
 from distillers.lean import lean_teacher
 from distillers.networks import add_stage_flags, build_student, build_teacher, identity
 from utils import checkpoint, distributed, setup, together
-from utils.args import base_parser, beyond_crop_and_flip, check, count, nonnegative, switch
+from utils.args import SWITCH, base_parser, beyond_crop_and_flip, check, count, nonnegative
 from utils.data import Prepare, ResidentLoader, contents, load_data
 from utils.engine import evaluate, train_one_epoch
 from utils.learner import Learner
@@ -33,7 +33,7 @@ from utils.run import Run
 
 def main():
     parser = base_parser('Distil a student from a teacher.')
-    on = {'nargs': '?', 'const': True, 'default': False, 'type': switch, 'metavar': '0|1'}
+    on = SWITCH | {'default': False}
     g = parser.add_argument_group('distillation')
     g.add_argument('--distiller', nargs='+', choices=DISTILLERS, default=['mgd'], metavar='NAME',
                    help=f'methods, whose losses add up: {", ".join(DISTILLERS)}')

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Features
 from utils import distributed, signals
-from utils.args import switch
+from utils.args import SWITCH
 from utils.closely import timed
 from utils.data import Batch
 
@@ -70,9 +70,9 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.distillers = student, nn.ModuleDict(distillers)
         methods = distillers.values()
-        self.trains_teacher = any(distiller.trains_teacher for distiller in methods)
         self.batch_statistics = any(distiller.batch_statistics for distiller in methods)
         learns = next((name for name, distiller in distillers.items() if distiller.trains_teacher), None)
+        self.trains_teacher = learns is not None
         for name, distiller in distillers.items():
             if learns and distiller.teacher_kept:
                 raise ValueError(f"{name} goes by the teacher's {distiller.teacher_kept} of the beginning, and under "
@@ -337,7 +337,7 @@ def options(parameter: inspect.Parameter) -> dict:
     if kind is tuple:
         return {'nargs': '+', 'type': inner[0], 'metavar': 'X'}
     if isinstance(parameter.default, bool):
-        return {'nargs': '?', 'const': True, 'type': switch, 'metavar': '0|1'}
+        return SWITCH
     return {'type': type(parameter.default), 'metavar': 'N' if isinstance(parameter.default, int) else 'X'}
 
 

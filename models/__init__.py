@@ -57,7 +57,7 @@ def create_model(name: str, num_classes: int = 1000, pretrained: bool = False) -
         return build(rest, num_classes, source)
 
     model = load(rest, source)
-    head, layer = find_head(model)
+    head, layer = last_layer(model)
     if layer.weight.shape[0] != num_classes:
         model.set_submodule(head, build(rest, num_classes, source).get_submodule(head))
     return model
@@ -139,7 +139,7 @@ def load(name: str, source: str = '') -> nn.Module:
     return model
 
 
-def find_head(model: nn.Module) -> tuple[str, nn.Module]:
+def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
     """The last linear layer or convolution (SqueezeNet classifies by one) and its name."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
 

@@ -20,6 +20,7 @@ import main_base  # noqa: E402
 import main_distill  # noqa: E402
 from models import create_model  # noqa: E402
 from utils import engine, signals  # noqa: E402
+from utils.args import base_parser, check  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
 
@@ -94,6 +95,12 @@ def output_of(args):
     return args[args.index('--output') + 1] if '--output' in args else None
 
 
+def arguments(*flags):
+    """What main_base.py makes of its flags."""
+    parser = base_parser('')
+    return check(parser, parser.parse_args([*map(str, flags)]))
+
+
 @pytest.fixture
 def base(monkeypatch, capfd):
     """main_base.py in this process."""
@@ -125,16 +132,16 @@ def in_process(module, monkeypatch, capfd):
 
 
 @contextmanager
-def signal_in_update(number: int):
-    """SIGTERM comes in this update, counted from 1, of a run in this process."""
-    genuine, count = engine.seed_everything, [0]
+def at_call(number: int, act=lambda: signals._note(15), owner=engine, name='seed_everything'):
+    """Do something, by default get SIGTERM, at this call of a function, counted from 1: that of each update's seed."""
+    genuine, calls = getattr(owner, name), []
 
-    def seed(*key):
-        count[0] += 1
-        if count[0] == number:
-            signals._note(15)
-        genuine(*key)
-    with patch.object(engine, 'seed_everything', seed):
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == number:
+            act()
+        return genuine(*args)
+    with patch.object(owner, name, counted):
         yield
 
 

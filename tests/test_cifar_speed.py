@@ -2,20 +2,19 @@
 import argparse
 import copy
 import json
-from contextlib import contextmanager
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import zoo
-from conftest import assert_same
+from conftest import assert_same, at_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillers import DISTILLERS, Distillation
 from distillers.cache import HEADER, Table, TeacherCache
 from models import Features
-from utils import data, engine, signals
-from utils.args import base_parser, check
+from utils import data, signals
 from utils.data import Images, Prepare, ResidentLoader, TrainData, load_data, make_loader
 from utils.guard import Guard
 from utils.optim import make_optimizer
@@ -32,28 +31,13 @@ KD = [*DUMMY, '--dummy-images', 5, '-b', 4, '--teacher-arch', 'resnet8', '--dist
 
 
 def arguments(*flags):
-    parser = base_parser('')
-    return check(parser, parser.parse_args(['--dummy', '--dataset', 'cifar10', '-j', '0', *flags]))
+    return conftest.arguments('--dummy', '--dataset', 'cifar10', '-j', 0, *flags)
 
 
 def both(source, view, order):
     """The two paths to the same batches."""
     return (make_loader(Images(source, view), order, arguments()),
             ResidentLoader(Images(source, view), copy.copy(order), Resident(source, CPU)))
-
-
-@contextmanager
-def signal_at_second_call(owner, name):
-    genuine, count = getattr(owner, name), [0]
-
-    def counted(*args):
-        count[0] += 1
-        if count[0] == 2:
-            signals._note(15)
-        return genuine(*args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, counted)
-        yield
 
 
 def assert_equal_batches(a, b):
@@ -169,7 +153,7 @@ def test_the_padding_is_part_of_the_identity_of_the_data():
 def test_a_run_may_go_on_with_the_other_backend(base, tmp_path):
     flags = [*DUMMY, '--dummy-images', 20]
     whole = base(*flags, '--epochs', 2, '--output', tmp_path / 'whole', '--data-backend', 'loader')
-    with signal_at_second_call(engine, 'seed_everything'):
+    with at_call(2):
         part = base(*flags, '--epochs', 2, '--output', tmp_path / 'parts', '--data-backend', 'loader')
     rest = base(*flags, '--epochs', 2, '--output', tmp_path / 'parts')
     assert part.code == signals.EXIT_INTERRUPTED and rest.code == 0 and 'resumed from' in rest.out
@@ -203,7 +187,7 @@ def test_the_cache_gives_what_a_live_teacher_gives_up_to_rounding(distill, tmp_p
 def test_resume_with_a_cache_is_exact_and_off_is_another_run(distill, tmp_path):
     flags = [*KD, '--cache-teacher', 'lazy', '--save-every', 1]
     whole = distill(*flags, '--output', tmp_path / 'whole')
-    with signal_at_second_call(engine, 'seed_everything'):
+    with at_call(2):
         assert distill(*flags, '--output', tmp_path / 'parts').code == signals.EXIT_INTERRUPTED
     refused = distill(*KD, '--save-every', 1, '--output', tmp_path / 'parts')
     assert refused.code == 1 and '--cache-teacher is off here, lazy there' in refused.err
@@ -245,7 +229,7 @@ def test_what_the_host_asks_of_a_batch_stays_with_it():
 
 def test_a_signal_while_filling_in_leaves_what_there_is(distill, tmp_path):
     flags = [*KD, '--output', tmp_path / 'run', '--cache-teacher', 'full', '--cache-dir', tmp_path / 'tables']
-    with signal_at_second_call(TeacherCache, 'look'):
+    with at_call(2, owner=TeacherCache, name='look'):
         assert distill(*flags).code == signals.EXIT_INTERRUPTED
     rest = distill(*flags)
     assert rest.code == 0 and ' 128 of 810 views known' in rest.out and '682 views filled in' in rest.out

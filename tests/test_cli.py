@@ -3,19 +3,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, write_images
+from conftest import QUICK, arguments, write_images
 
 from models import create_model
-from utils.args import NEUTRAL, base_parser, check
-
-
-def parse(*flags):
-    parser = base_parser('')
-    return check(parser, parser.parse_args(list(flags)))
+from utils.args import NEUTRAL, base_parser
 
 
 def test_flags_of_pytorch_examples_and_mgd_keep_their_meaning():
-    args = parse('/data', '-a', 'resnet50', '-j', '8', '--epochs', '100', '--start-epoch', '3', '-b', '512',
+    args = arguments('/data', '-a', 'resnet50', '-j', '8', '--epochs', '100', '--start-epoch', '3', '-b', '512',
                  '--learning-rate', '0.2', '--momentum', '0.8', '--wd', '5e-4', '-p', '50', '--resume', 'x.pth', '-e',
                  '--pretrained', '--world-size', '2', '--rank', '1', '--dist-url', 'tcp://h:1',
                  '--dist-backend', 'gloo', '--seed', '7', '--gpu', '0', '--multiprocessing-distributed',
@@ -23,17 +18,17 @@ def test_flags_of_pytorch_examples_and_mgd_keep_their_meaning():
                  '--sync-bn', '0', '--teacher-resume', 't.pth', '--student-resume', 's.pth')
     assert (args.lr, args.weight_decay, args.batch_size, args.workers, args.gpu) == (0.2, 5e-4, 512, 8, 0)
     assert args.warmup is True and args.sync_bn is False and args.lr_drop_epochs == [31, 61]
-    assert args.teacher_arch == 'resnet152' and parse('/data').teacher_arch == 'resnet50'
-    assert parse('/data', '--weight-decay', '1').weight_decay == 1 and parse('/data', '--lr', '1').lr == 1
-    assert parse('--dummy').data is None and parse('--dummy', '--nesterov').nesterov is True
-    defaults = parse('/data')
+    assert args.teacher_arch == 'resnet152' and arguments('/data').teacher_arch == 'resnet50'
+    assert arguments('/data', '--weight-decay', '1').weight_decay == 1 and arguments('/data', '--lr', '1').lr == 1
+    assert arguments('--dummy').data is None and arguments('--dummy', '--nesterov').nesterov is True
+    defaults = arguments('/data')
     assert (defaults.epochs, defaults.batch_size, defaults.lr, defaults.momentum, defaults.weight_decay,
             defaults.arch, defaults.print_freq) == (90, 256, 0.1, 0.9, 1e-4, 'resnet18', 10)
 
 
 def test_argument_files(tmp_path):
     (tmp_path / 'recipe').write_text('# MGD on CUB\n--lr 0.01 --nesterov   # as published\n--lr-drop-epochs 31 61 81\n')
-    args = parse('/data', f'@{tmp_path / "recipe"}', '--lr', '0.02')
+    args = arguments('/data', f'@{tmp_path / "recipe"}', '--lr', '0.02')
     assert args.nesterov and args.lr == 0.02 and args.lr_drop_epochs == [31, 61, 81]
 
 
@@ -45,7 +40,7 @@ def test_a_quote_that_does_not_end_is_a_wrong_flag(tmp_path, base):
 
 def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse('--help')
+        arguments('--help')
     text = capsys.readouterr().out
     assert stop.value.code == 0
     groups = ('data', 'augmentation', 'network', 'optimization', 'speed', 'run', 'launch')
@@ -53,7 +48,7 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     text = ' '.join(text.split())
     assert '(default: 256)' in text and '(default: resnet18)' in text and 'None' not in text
     assert all(action.help for action in base_parser('')._actions)
-    assert set(vars(parse('--dummy'))) >= NEUTRAL - {'cache_dir'}  # which is main_distill.py's
+    assert set(vars(arguments('--dummy'))) >= NEUTRAL - {'cache_dir'}  # which is main_distill.py's
 
 
 @pytest.mark.parametrize('flags, complaint', [
@@ -161,9 +156,3 @@ def test_output_that_cannot_be_made(base, images, tmp_path):
     assert 'cannot write to --output' in one_line(base(images, '--output', tmp_path / 'file' / 'run'))
     run = base(images, '--output', tmp_path / 'file', '-e')
     assert 'top1' in run.out and run.code == 1 and run.err.startswith('error: cannot write to --output')
-
-
-def test_readme_names_every_flag_group_and_exit_code():
-    text = (ROOT / 'README.md').read_text() + (ROOT / 'docs' / 'clusters.md').read_text()
-    for word in ('make demo', 'make test', '--resume', '--overwrite', 'torchrun', '--multiprocessing-distributed'):
-        assert word in text

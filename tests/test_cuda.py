@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
-from conftest import ROOT, assert_same, environment, signal_in_update, torchrun_command
+from conftest import ROOT, assert_same, at_call, environment, torchrun_command
 
 from distillers import DISTILLERS, Distillation
 from distillers.cache import TeacherCache
@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(distill, teacher, tmp_path, flags
     def run(output):
         return distill(*DISTIL, *flags.split(), *teacher, *EXACT, '--output', tmp_path / output, quick=False)
     whole = run('whole')
-    with signal_in_update(7):  # of five in each of two epochs
+    with at_call(7):  # of five in each of two epochs
         part = run('parts')
     rest = run('parts')
     assert (whole.code, part.code, rest.code) == (0, signals.EXIT_INTERRUPTED, 0), whole.err + part.err + rest.err

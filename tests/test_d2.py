@@ -706,8 +706,8 @@ def test_config_builds(name):
         student_name, teacher_name = name.split('_')[-2:]
         assert f'R{teacher.MODEL.RESNETS.DEPTH}' == teacher_name
         assert student_name == ('MV2' if 'mobilenet' in cfg.MODEL.BACKBONE.NAME else f'R{cfg.MODEL.RESNETS.DEPTH}')
-    for mean in (cfg.MODEL.PIXEL_MEAN,):
-        assert (mean[0] > mean[2]) == (cfg.INPUT.FORMAT == 'RGB')
+    mean = cfg.MODEL.PIXEL_MEAN
+    assert (mean[0] > mean[2]) == (cfg.INPUT.FORMAT == 'RGB')
 
 
 def test_nothing_needs_the_model_zoo():

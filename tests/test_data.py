@@ -1,10 +1,10 @@
 """Order, randomness, views, unreadable images."""
-import argparse
 import pickle
 import re
 import shutil
 from collections import Counter
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,6 @@ from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from utils import data
-from utils.args import base_parser, check
 from utils.crops import as_tensor
 from utils.data import Batch, Images, Prepare
 from utils.order import EvalOrder, TrainOrder
@@ -24,9 +23,8 @@ from utils.sources import Cifar, Dummy, Folder, load_source, read, read_jpeg
 from utils.views import STATISTICS, CenterView, CropView, ShiftView, shifts
 
 
-def arguments(*flags) -> argparse.Namespace:
-    parser = base_parser('')
-    return check(parser, parser.parse_args(['--dummy', *flags]))
+def arguments(*flags):
+    return conftest.arguments('--dummy', *flags)
 
 
 def epoch_of(order, epoch=0, start=0):
@@ -250,8 +248,7 @@ def test_torch_and_pil_see_the_same_crops(images):
 
 def test_which_pixels_are_read(images):
     def by_pil(*flags, train=True):
-        parser = base_parser('')
-        return load_source(check(parser, parser.parse_args([str(images), *flags])), train).by_pil
+        return load_source(conftest.arguments(images, *flags), train).by_pil
     assert not by_pil() and by_pil('--exact-pixels') and by_pil(train=False)
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, assert_same, script, signal_in_update, start, torchrun_command
+from conftest import QUICK, ROOT, assert_same, at_call, script, start, torchrun_command
 
 from distillers import Distillation
 from models import create_model
@@ -48,7 +48,7 @@ def test_mgd_with_kd(distill, images, teacher, tmp_path):
                          ids=['mgd', 'kd', 'dml'])
 def test_resume_is_exact_and_does_not_solve_again(distill, images, teacher, tmp_path, more):
     whole = distill(*flags(images, teacher, tmp_path / 'whole', *more))
-    with signal_in_update(2):
+    with at_call(2):
         part = distill(*flags(images, teacher, tmp_path / 'parts', *more))
     assert part.code == signals.EXIT_INTERRUPTED
     rest = distill(*flags(images, teacher, tmp_path / 'parts', *more))
@@ -84,7 +84,7 @@ def test_images_and_teacher_may_move_but_not_change(distill, images, teacher, tm
     """To the local disk of another machine, say."""
     def run(folder, file):
         return distill(*flags(folder, file, tmp_path / 'run', '--distiller', 'kd', '--skip-first-evaluation'))
-    with signal_in_update(2):
+    with at_call(2):
         assert run(images, teacher).code == signals.EXIT_INTERRUPTED
     shutil.copytree(images, tmp_path / 'images')
     shutil.copy(teacher, tmp_path / 'teacher.pth')

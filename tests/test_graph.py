@@ -3,7 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import assert_same, signal_in_update
+from conftest import assert_same, at_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_distill
@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on(distill, replays, tmp_path):
     def run(output, *flags):
         return distill(*TINY, '--distiller', 'kd', *flags, '--output', tmp_path / output, quick=False)
     whole = run('whole')
-    with signal_in_update(9):
+    with at_call(9):
         part = run('parts', '--cuda-graph')
     rest = run('parts', '--cuda-graph')
     assert (part.code, rest.code) == (signals.EXIT_INTERRUPTED, 0), rest.err

@@ -1,13 +1,13 @@
 """Learning rate, optimizers, and the guard in front of them."""
 import copy
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from zoo import make_batch
 
-from utils.args import base_parser, check
 from utils.guard import Guard
 from utils.meters import Meter, hits
 from utils.optim import learning_rate, make_ema, make_optimizer, total_epochs
@@ -15,8 +15,7 @@ from utils.run import Run
 
 
 def arguments(*flags):
-    parser = base_parser('')
-    return check(parser, parser.parse_args(['--dummy', *flags]))
+    return conftest.arguments('--dummy', *flags)
 
 
 def scheduled(args, epochs, *make):

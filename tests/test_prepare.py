@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from scripts import prepare
 from utils import data
-from utils.args import base_parser, check
 from utils.crops import ResidentImages
 from utils.data import CropLoader, Images, ResidentLoader, make_loader
 from utils.order import TrainOrder
@@ -26,8 +26,7 @@ CPU = torch.device('cpu')
 
 
 def arguments(root, *flags):
-    parser = base_parser('')
-    return check(parser, parser.parse_args([str(root), '-j', '0', '--image-size', '28', *map(str, flags)]))
+    return conftest.arguments(root, '-j', 0, '--image-size', 28, *flags)
 
 
 @pytest.fixture

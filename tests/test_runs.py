@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torchvision
-from conftest import assert_close, assert_same, signal_in_update, write_images
+from conftest import assert_close, assert_same, at_call, write_images
 
 import main_base
 from models import create_model
@@ -95,7 +95,7 @@ def test_the_best_weights_are_those_of_the_best_epoch_that_is_known(tmp_path, ca
 
 
 def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):
-    with signal_in_update(1):
+    with at_call(1):
         assert base(images, '-b', 8, '--output', tmp_path).code == signals.EXIT_INTERRUPTED
     monkeypatch.setattr(distributed, 'nodes', lambda: 2)
     other = base(images, '-b', 8, '--output', tmp_path)
@@ -227,7 +227,7 @@ def test_the_weights_a_run_starts_from_may_move_but_not_change(base, images, tmp
     base(images, '--epochs', 1, '--output', tmp_path / 'first')
     shutil.copy(tmp_path / 'first' / 'best.pth', tmp_path / 'a.pth')
     flags = [images, '--epochs', 1, '--output', tmp_path / 'run', '--student-resume']
-    with signal_in_update(2):
+    with at_call(2):
         assert base(*flags, tmp_path / 'a.pth').code == signals.EXIT_INTERRUPTED
     torch.save({name: value + 1 for name, value in torch.load(tmp_path / 'a.pth').items()}, tmp_path / 'b.pth')
     assert 'its start: ' in base(*flags, tmp_path / 'b.pth').err
@@ -287,18 +287,6 @@ def test_default_output_tells_script_data_network_and_time(base, tmp_path, monke
     assert folder.name.startswith('base-dummy-resnet8-20')
 
 
-def interrupt_after(monkeypatch, updates: int):
-    """A signal that arrives during the n-th update."""
-    genuine, count = main_base.train_one_epoch.__globals__['seed_everything'], [0]
-
-    def seed(*key):
-        count[0] += 1
-        if count[0] == updates:
-            signals._note(15)
-        genuine(*key)
-    monkeypatch.setitem(main_base.train_one_epoch.__globals__, 'seed_everything', seed)
-
-
 @pytest.mark.parametrize('flags', [
     ['-a', 'mobilenet_v2', '--ema', '0.9'],                                          # dropout, average
     ['--optimizer', 'adamw', '--accum-steps', '2', '-b', '5'],                        # a tail of two unequal batches
@@ -306,14 +294,13 @@ def interrupt_after(monkeypatch, updates: int):
     ['--amp', 'bf16', '--channels-last', '--clip-grad', '1'],
     ['--amp', 'fp16', '--image-size', '16'],                                          # the scaler's state
 ], ids=lambda flags: ' '.join(flags))
-def test_resume_is_exact_to_the_bit(base, images, tmp_path, monkeypatch, flags):
+def test_resume_is_exact_to_the_bit(base, images, tmp_path, flags):
     """Stopped twice inside the first epoch and once in the second; ends as if never stopped."""
     flags = [images, '--epochs', 2, '--warmup', '--warmup-epochs', 1, *flags]
     whole = base(*flags, '--output', tmp_path / 'whole')
     assert whole.code == 0, whole.err
     for updates in (2, 1, 4):
-        with monkeypatch.context() as patch:
-            interrupt_after(patch, updates)
+        with at_call(updates):
             part = base(*flags, '--output', tmp_path / 'parts')
         assert part.code == signals.EXIT_INTERRUPTED and (tmp_path / 'parts' / 'interrupted').exists()
     rest = base(*flags, '--output', tmp_path / 'parts')
@@ -477,7 +464,7 @@ def test_quick_epochs_share_their_files(base, images, tmp_path, monkeypatch):
         patch.setattr(engine, 'seed_everything', crash)
         base(*flags, tmp_path / 'run')
     assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 3
-    with signal_in_update(13):  # of the 20 that are left after the first epoch, in the third of its four
+    with at_call(13):  # of the 20 that are left after the first epoch, in the third of its four
         stopped = base(*flags, tmp_path / 'run')
     assert stopped.code == signals.EXIT_INTERRUPTED and 'epoch 1, sample 0' in stopped.out and saved[-1] == 3
     log, best = stopped.log(), stopped.json()['best']['epoch']

@@ -4,11 +4,10 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import Outcome, assert_same, write_images
+from conftest import Outcome, assert_same, at_call, write_images
 
 import main_base
 import main_distill
@@ -125,21 +124,6 @@ def test_a_teacher_of_its_own_stays_its_own(distill, tmp_path, teacher, seen, fl
     assert not first & second
 
 
-@contextmanager
-def at_update(number, act):
-    """Do something before the n-th update of all runs of a call."""
-    calls, genuine = [], engine.seed_everything
-
-    def seed_everything(*key):
-        calls.append(key)
-        if len(calls) == number:
-            act()
-        genuine(*key)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, 'seed_everything', seed_everything)
-        yield
-
-
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
     while not signals.caught():
@@ -149,7 +133,7 @@ def terminate():
 def test_a_signal_saves_all_and_the_same_command_goes_on(distill, tmp_path, teacher):
     flags = [*DISTILL, *teacher, '--distiller', 'kd', 'crd', '--crd-negatives', 8, '--cache-teacher', 'lazy']
     start = [*flags, '--seeds', 0, 1, 2, '--output', tmp_path / 'run']
-    with at_update(5, terminate):  # the second of seed 1
+    with at_call(5, terminate):  # the second of seed 1
         part = distill(*start)
     assert part.code == signals.EXIT_INTERRUPTED and part.err.count('the same command goes on from epoch 0') == 3
     marks = [of_seed(part, seed).json('interrupted') for seed in (0, 1, 2)]
@@ -163,7 +147,7 @@ def test_a_signal_saves_all_and_the_same_command_goes_on(distill, tmp_path, teac
 
 
 def test_a_run_that_was_alone_goes_on_beside_others(base, tmp_path):
-    with at_update(2, terminate):
+    with at_call(2, terminate):
         assert base(*CIFAR, '--seed', 1, '--output', tmp_path / 'run-1').code == signals.EXIT_INTERRUPTED
     assert_equal(of_seed(base(*CIFAR, '--seeds', 0, 1, '--output', tmp_path / 'run'), 1),
                  base(*CIFAR, '--seed', 1, '--output', tmp_path / 'alone-1'))
@@ -199,7 +183,7 @@ def test_one_that_fails_leaves_the_others_alone(base, tmp_path, breaks, code, sa
         assert run.code == code and f'seed 1 | {says}' in run.err
         assert run.err.splitlines()[-1] == f'error: seed 1 ended with exit code {code}'
         assert [of_seed(run, seed).json()['finished'] for seed in (0, 2)] == [True, True]
-        with at_update(3, terminate):
+        with at_call(3, terminate):
             assert base(*start, '--overwrite').code == signals.EXIT_INTERRUPTED  # two have to go on
     run = base(*start)
     assert run.code == 0

@@ -39,6 +39,9 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f'{text!r} is not 0 or 1 (a folder stands before the flags)')
 
 
+SWITCH = {'nargs': '?', 'const': True, 'type': switch, 'metavar': '0|1'}  # add_argument's words for it
+
+
 def compile_mode(text: str) -> str | bool:
     """As a switch, or one of torch.compile's modes."""
     if text in ('default', 'reduce-overhead', 'max-autotune'):
@@ -70,7 +73,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                     epilog='@FILE in place of arguments reads them from a file, # starts a comment. Exit codes: '
                            '0 done, 1 an error that one line names, 2 wrong flags, 3 loss, gradient or prediction not '
                            'finite, 75 stopped by a signal after saving (the same command, with --output, goes on).')
-    on = {'nargs': '?', 'const': True, 'default': False, 'type': switch, 'metavar': '0|1'}
+    on = SWITCH | {'default': False}
 
     g = parser.add_argument_group('data')
     g.add_argument('data', metavar='DIR', nargs='?',

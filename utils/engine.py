@@ -46,7 +46,8 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
         together.hand_over()
         begin_update(args)
         seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())
-        look.begin(-(-end // size))
+        update = -(-end // size)
+        look.begin(update)
         if learner.graph and end - progress['sample'] == size and not look.on:
             batch, = batches
             values, norm = learner.graph(prepare(batch))
@@ -68,7 +69,6 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
         bad_images += bad
         if bad_images > args.max_bad_images:
             distributed.stop(f'{bad_images} unreadable images in epoch {epoch}, more than --max-bad-images allows')
-        update = -(-end // size)
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
             trouble = meter.read(watch_norms=not learner.scaler.is_enabled())

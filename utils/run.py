@@ -71,8 +71,10 @@ class Run:
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
             if saved['arguments']['arch'] != args.arch:
                 sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
-            return path, saved['seed'] if args.seed is None else args.seed, saved, origin
-        return path, random.SystemRandom().randrange(2 ** 31) if args.seed is None else args.seed, saved, origin
+            seed = saved['seed']
+        else:
+            seed = random.SystemRandom().randrange(2 ** 31)
+        return path, seed if args.seed is None else args.seed, saved, origin
 
     def _begin(self) -> dict | None:
         """On rank 0, when all is known to fit: the folder is ours, with only what lies before the point we start at.
