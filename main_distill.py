@@ -20,7 +20,7 @@ from distillers import (
 )
 from distillers.cache import TeacherCache
 from distillers.lean import lean_teacher
-from distillers.networks import add_stage_flags, build_student, build_teacher, identity
+from distillers.networks import add_stage_flags, build_student, build_teacher, doubt_teacher, identity
 from utils import checkpoint, distributed, setup, together
 from utils.args import SWITCH, base_parser, beyond_crop_and_flip, check, count, nonnegative
 from utils.data import Prepare, ResidentLoader, contents, load_data
@@ -145,6 +145,8 @@ def worker(args, device):
     except ValueError as error:  # a pair, or data, that a method cannot work with
         sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
     network = distillation.shipped()
+    run.told = {'ce_weight': distillation.ce_weight,
+                'stages': {name: distiller.pairing for name, distiller in distillers.items() if distiller.pairing}}
 
     both = {'student': distributed.replicated(network, device, args),
             'teacher': distributed.replicated(teacher, device, args)}
@@ -175,8 +177,14 @@ def worker(args, device):
     run.restore(model=network, distillers=distillation.distillers, optimizer=optimizer, scaler=scaler, ema=ema,
                 teacher=teacher if distillation.trains_teacher else None)
     run.begin(network, train, valid)
+    distributed.say(f'labels count {distillation.ce_weight:g} times' + ''.join(
+        f'; {name} compares stages {" ".join(f"{i}-{j}" for i, j in pairs)} (student-teacher)'
+        for name, pairs in run.told['stages'].items()))
     if not (args.skip_first_evaluation or run.progress['epoch'] or run.progress['sample']):
-        run.report(evaluate(both, valid, prepare, device, args), 'start.json')
+        scores = evaluate(both, valid, prepare, device, args)
+        run.report(scores, 'start.json')
+        doubt_teacher(scores['teacher'], args)
+        run.progress['teacher'] = scores['teacher']
 
     if args.cache_teacher == 'full' and not cache.fill():
         run.interrupt()

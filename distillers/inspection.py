@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from utils import checkpoint, distributed, setup, together
 from utils.closely import now
 from utils.cost import cut, device_name, loading, measure, preparation, step
-from utils.data import Prepare, contents, load_data
+from utils.data import Prepare, bad_allowed, contents, load_data
 from utils.engine import Supervised
 from utils.folder import refuse_harm
 from utils.meters import hits
@@ -299,7 +299,8 @@ def check_images(wrong: dict[str, list[str]], sources: dict, args, found: Findin
     for split, broken in wrong.items():
         expected = len(broken) * max(len(sources[split]) / looks.DECODED, 1)
         # in training others stand in for them
-        where = found.problems if split == 'valid' or expected > args.max_bad_images else found.notes
+        allowed = bad_allowed(args, len(sources[split]))
+        where = found.problems if split == 'valid' or expected > allowed else found.notes
         where += broken[:TOLD]
         if len(broken) > TOLD:
             where.append(f'{split}: {len(broken) - TOLD} more of those decoded cannot be read')

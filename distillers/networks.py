@@ -1,5 +1,7 @@
 """The networks of a run, as its flags name them. What is wrong with one ends the run in a line."""
+import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -106,6 +108,19 @@ def showing(network, arch, classes, stages, image_size):
         sys.exit(f'error: {arch}: {error}')
     distributed.say(f'{arch}: {network.told}')
     return network
+
+
+def doubt_teacher(score: dict, args):
+    """Say so where it scores otherwise than in the run that its weights are from, on as many images."""
+    file = Path(args.teacher_resume or '')
+    try:
+        known = json.loads((file.parent / 'result.json').read_text())[file.stem]  # best.pth, last.pth
+        top1 = 100 * known['correct1'] / known['n']
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if known['n'] == score['n'] and abs(score['top1'] - top1) > (0.1 if args.amp == 'off' else 0.5):
+        distributed.say(f'note: the teacher scores {score["top1"]:.2f} here and {top1:.2f} in {file.parent}: other '
+                        'images, or another size or normalisation of them?')
 
 
 def identity(teacher, args) -> str:

@@ -44,7 +44,7 @@ schedule() {  # NETWORK: how it is trained by whatever method
             --momentum 0.9 --wd 5e-4 --print-freq 200)
     case $1 in
         *mobilenet* | *shufflenet*) recipe+=(--lr 0.01) ;;
-        cifar_resnet18)
+        cifar_resnet18 | resnet[0-9]*)
             [[ $table != srd_dist ]] || recipe+=(--epochs 350 --batch-size 128 --lr 0.1 --lr-drop-epochs 150 250 320) ;;
     esac
 }

@@ -26,7 +26,8 @@ FREE = NEUTRAL | {'seed'}
 # arguments that students of one architecture have in common, whatever the method
 COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'momentum',
           'nesterov', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix', 'auto_augment',
-          'random_erasing', 'ema', 'crop_padding', 'warmup_epochs', 'warmup_by', 'clip_grad')
+          'random_erasing', 'ema', 'crop_padding', 'warmup_epochs', 'warmup_by', 'clip_grad', 'amp', 'accum_steps',
+          'sync_bn')
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
 Runs of another length than the paper's tell it instead. A dash was not run, or not published.
@@ -104,7 +105,8 @@ def cell(paper, epoch, epochs, runs):
     trained = runs[0]['arguments']['epochs']
     if trained not in epochs:
         return f'{text}, epochs: {trained}'
-    return text if paper is None else f'{text}, {mean(ours[epoch]) - paper:+.2f}'
+    comparable = paper is not None and epoch  # else it is not known which of ours it would be compared with
+    return f'{text}, {mean(ours[epoch]) - paper:+.2f}' if comparable else text
 
 
 def network(method, pair):

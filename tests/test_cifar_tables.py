@@ -207,6 +207,8 @@ def test_networks_alone(asked):
     assert [args.output for _, args in calls] == [f'/runs/srd_dist/base-{x}-0' for x in ('wrn_40_4', 'cifar_resnet18')]
     assert_recipe(calls[0][1], 'wrn_40_4', 0.05)
     assert_recipe(calls[1][1], 'cifar_resnet18', 0.1, batch=128, drops=(150, 100, 70, 30))
+    calls, _ = asked('srd_dist.sh', 'kd', 'resnet110-resnet14', 0)  # the study of capacities
+    assert_recipe(calls[0][1], 'resnet14', 0.1, batch=128, drops=(150, 100, 70, 30))
     calls, _ = asked('cifar100_cross.sh', 'base', 'resnet32x4-shufflenet_v1 resnet8', '1 2')
     assert [args.output for _, args in calls] == [f'/runs/cifar100/base-{x}' for x in (
         'shufflenet_v1-1', 'shufflenet_v1-2', 'resnet8-1', 'resnet8-2')]
@@ -317,6 +319,7 @@ def row(text, title, label):
 def test_cells(ran):
     runs = [ran('kd-resnet56-resnet20-0', 701, 703), ran('kd-resnet56-resnet20-1', 703, 705),
             ran('kd-resnet56-resnet20-2', 705, 710), ran('dkd-resnet56-resnet20-0', 710, 721),
+            ran('expkd-resnet56-resnet20-0', 711, 712),
             ran('base-resnet20-0', 690, 690), ran('base-resnet56-0', 720, 724),
             ran('mgd-resnet56-resnet20-0', 700, 700), ran('kd-resnet20-resnet8-0', 600, 610, teacher='def'),
             ran('base-wrn_16_1-0', 600, 610), ran('dist-wrn_40_4-wrn_16_4-0', 790, 792, table='srd_dist')]
@@ -328,6 +331,7 @@ def test_cells(ran):
     assert row(run.stdout, one, 'DKD')[pair] == '*71.97* / **71.00** (1), best 72.10, +0.13'  # published is the best
     assert row(run.stdout, one, 'DKD as EDKD ran it')[pair] == '- / **71.00** (1), best 72.10'
     assert row(run.stdout, one, 'EDKD')[pair] == '-'
+    assert row(run.stdout, one, 'Exp-KD ¹')[pair] == '*71.77* / **71.10** (1), best 71.20'  # which epoch's is not known
     assert row(run.stdout, one, 'teacher')[pair] == '*72.34* / **72.00** (1), best 72.40, -0.34'
     assert row(run.stdout, one, 'student alone')[pair] == '*69.06* / **69.00** (1), best 69.00, -0.06'
     assert row(run.stdout, one, 'mgd')[pair] == '- / **70.00** (1), best 70.00'
@@ -338,7 +342,7 @@ def test_cells(ran):
     assert srd == '*79.43* / **79.00** (1), best 79.20, -0.43'
     assert 'different families' not in run.stdout  # nothing of it was run
     assert f'* Logs: `{runs[0].parent}/METHOD-TEACHER-STUDENT-SEED`' in run.stdout
-    assert run.stderr == f'note: {runs[8]} belongs to no table\n'
+    assert run.stderr == f'note: {runs[9]} belongs to no table\n'
 
 
 def test_a_short_run_is_no_reproduction(ran):
@@ -364,6 +368,7 @@ def test_protocols_are_not_mixed(ran):
             (ran('dkd-resnet56-resnet20-0', 700, 700, epochs=200), 'epochs'),
             (ran('base-resnet20-0', 700, 700, nesterov=True), 'nesterov'),
             (ran('base-resnet20-1', 700, 700, crop_padding='reflect'), 'crop_padding'),
+            (ran('base-resnet20-2', 700, 700, amp='bf16'), 'amp'),
             (ran('kd-resnet56-resnet20-3', 700, 700, global_batch=128), 'global_batch'),
             (ran('dkd-resnet56-resnet20-1', 700, 700, teacher='def'), 'teacher'),
             (ran('dkd-resnet56-resnet32-1', 700, 700, teacher='def'), 'teacher')]:

@@ -318,6 +318,14 @@ def test_every_method_works_through_one_class(teachers, methods, options):
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def test_reviewkd_compares_the_pyramids_of_retinanets(teachers):
+    model = distilled(teachers, 'reviewkd_retinanet_R50_R101', 'base_retinanet_R18')
+    losses = losses_of(model, inputs())
+    assert losses['loss_reviewkd'].item() > 0
+    losses['loss_reviewkd'].backward()
+    assert all(p.grad is not None for name, p in model.backbone.named_parameters() if 'fpn_' in name or 'top_' in name)
+
+
 def test_half_precision(teachers):
     model = distilled(teachers)
     with torch.autocast('cpu', dtype=torch.bfloat16):

@@ -8,12 +8,12 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, write_images
+from conftest import assert_same, at_call, write_images
 from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
-from utils import data
+from utils import data, signals
 from utils.crops import as_tensor
 from utils.data import Batch, Images, Prepare
 from utils.order import EvalOrder, TrainOrder
@@ -253,20 +253,29 @@ def test_which_pixels_are_read(images):
 
 
 def test_unreadable_training_images_are_replaced_and_named(spoiled, base, tmp_path):
-    run = base(spoiled, '--epochs', 2, '--output', tmp_path / 'run')
-    assert run.code == 0
+    run = base(spoiled, '--epochs', 2, '--output', tmp_path / 'run', '--max-bad-images', 3)
+    assert run.code == 0 and [record['unreadable'] for record in run.log()] == [3, 3]
     for name in ('truncated.jpg', 'text.jpg', 'empty.jpg'):
         assert run.err.count(f'{name} cannot be read') == 1  # once, not once an epoch
     for name in ('grey.jpg', 'cmyk.jpg', 'deep.png'):
         assert name not in run.err
-    again = base(spoiled, '--epochs', 2, '--output', tmp_path / 'again', '-j', 2)
+    again = base(spoiled, '--epochs', 2, '--output', tmp_path / 'again', '-j', 2, '--max-bad-images', 3)
     assert_same(run.weights(), again.weights())
 
 
 def test_too_many_unreadable_images_end_the_run(spoiled, base, tmp_path):
     run = base(spoiled, '--epochs', 2, '--output', tmp_path / 'run', '--max-bad-images', 2)
-    assert run.code == 1 and '3 unreadable images in epoch 0, more than --max-bad-images allows' in run.err
-    assert base(spoiled, '--epochs', 1, '--output', tmp_path / 'b', '--max-bad-images', 3).code == 0
+    assert run.code == 1 and '3 unreadable images in epoch 0, more than --max-bad-images 2 allows' in run.err
+    assert 'more than --max-bad-images 1 allows' in base(spoiled, '--output', tmp_path / 'b').err
+    assert [data.bad_allowed(arguments(), n) for n in (5, 1999, 2000, 1281167)] == [1, 1, 2, 1281]
+
+
+def test_those_before_an_interruption_count(spoiled, base, tmp_path):
+    flags = [spoiled, '--epochs', 1, '-b', 4, '--output', tmp_path / 'run', '--max-bad-images', 3]
+    with at_call(4):
+        assert base(*flags).code == signals.EXIT_INTERRUPTED
+    counted = torch.load(tmp_path / 'run' / 'checkpoint.pth', weights_only=True)['progress']['unreadable']
+    assert base(*flags).log()[0]['unreadable'] == 3 and counted > 0
 
 
 def test_replacement_is_the_next_readable_image(spoiled):
@@ -314,8 +323,9 @@ def test_an_epoch_before_an_unreadable_evaluation_is_kept(spoiled, base, tmp_pat
     image = spoiled / 'valid' / 'cat' / '1.jpg'
     whole = image.read_bytes()
     image.write_bytes(b'')
-    run = base(spoiled, '--epochs', 1, '--output', tmp_path / 'run')
+    flags = [spoiled, '--epochs', 1, '--output', tmp_path / 'run', '--max-bad-images', 3]
+    run = base(*flags)
     assert run.code == 1 and 'cannot evaluate' in run.err and (run.folder / 'checkpoint.pth').exists()
     image.write_bytes(whole)
-    again = base(spoiled, '--epochs', 1, '--output', tmp_path / 'run')
+    again = base(*flags)
     assert again.code == 0 and 'resumed from' in again.out and 'Epoch 0 [' not in again.out

@@ -1,6 +1,7 @@
 """main_distill.py from beginning to end."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,10 @@ def test_mgd_with_kd(distill, images, teacher, tmp_path):
     assert set(log[0]['train']['losses']) == {'ce', 'mgd', 'kd'}
     assert log[0]['train']['loss'] == pytest.approx(sum(log[0]['train']['losses'].values()), rel=1e-4)
     assert len(log[0]['news']['mgd']) == 3 and {'cost', 'shape', 'seconds'} <= log[0]['news']['mgd'][0].keys()
-    assert result['teacher'].startswith('resnet14 ')
+    assert result['teacher'].startswith('resnet14 ') and result['teacher_score']['n'] == 15
+    assert result['ce_weight'] == 1 and result['stages'] == {'mgd': [[0, 0], [1, 1], [2, 2]]}
+    assert 'labels count 1 times; mgd compares stages 0-0 1-1 2-2 (student-teacher)' in run.out
+    assert result['parameters'] == sum(p.numel() for p in create_model('resnet8', 3).parameters())
     assert (result['arguments']['kd_temperature'], result['arguments']['mgd_loss_factor']) == (1.5, 1e5)
     saved = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
     assert saved['model'].keys() == create_model('resnet8', 3).state_dict().keys()  # nothing of the teacher
@@ -129,6 +133,17 @@ def test_distillation_moves_the_student_towards_the_teacher(distill, images, tea
     run = distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', '--ce-weight', 0, '--epochs', 4))
     losses = [record['train']['losses']['kd'] for record in run.log()]
     assert losses[-1] < losses[0] and all(record['train']['losses']['ce'] == 0 for record in run.log())
+
+
+def test_a_teacher_that_scores_otherwise_than_in_its_own_run_is_doubted(distill, images, teacher, tmp_path):
+    told, weights = tmp_path / 'result.json', tmp_path / 'best.pth'
+    weights.write_bytes(Path(teacher).read_bytes())
+    for right, doubted in ((14, True), (None, False)):
+        if right is None:
+            right = run.json('start.json')['scores']['teacher']['correct1']  # noqa: F821, of the first run
+        told.write_text(json.dumps({'best': {'correct1': right, 'n': 15}}))
+        run = distill(*flags(images, weights, tmp_path / f'o{right}', '--distiller', 'kd', '--epochs', 1))
+        assert run.code == 0 and (f'and 93.33 in {tmp_path}: other images' in run.out) == doubted
 
 
 def test_evaluation_scores_both(distill, images, teacher, tmp_path):

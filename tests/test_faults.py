@@ -166,7 +166,7 @@ def test_a_broken_loss_on_one_rank_stops_all_before_the_update(images, tmp_path,
     assert run.code != 0
     assert 'loss ce is nan in epoch 1, update 2, samples' in run.out
     report = run.json('nonfinite.json')
-    assert len(report['samples']) == 4 and report['files'][0].endswith('.jpg')
+    assert len(report['samples']) == 4 and report['files'][0].endswith('.jpg') and report['losses'] == {'ce': 'nan'}
     # nothing of the broken update is in what is left: going on without the fault ends where it would have
     rest = launch('torchrun 2', *short(images, tmp_path), GROUP_NORM=1)
     assert_same(rest.weights(), unharmed(2, GROUP_NORM=1).weights())

@@ -94,8 +94,9 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                    help='training images are resized by PIL, to the bit as in classic scripts, instead of by torch, '
                         'which may round a pixel the other way; those to evaluate always are')
     g.add_argument('-j', '--workers', type=natural, default=4, metavar='N', help='loader processes per rank')
-    g.add_argument('--max-bad-images', type=natural, default=100, metavar='N',
-                   help='unreadable training images of one epoch to replace before giving up')
+    g.add_argument('--max-bad-images', type=natural, metavar='N',
+                   help='unreadable training images of one epoch to replace before giving up (default: a thousandth of '
+                        'all, but one at least)')
 
     g = parser.add_argument_group('augmentation')
     g.add_argument('--crop-padding', choices=('zeros', 'reflect'), default='zeros',

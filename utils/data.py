@@ -145,6 +145,11 @@ class CropLoader(ResidentLoader):
                         torch.where(index == asked, -1, asked), view=torch.full_like(index, -1))
 
 
+def bad_allowed(args, images: int) -> int:
+    """Unreadable ones of so many training images in an epoch."""
+    return max(images // 1000, 1) if args.max_bad_images is None else args.max_bad_images
+
+
 class TrainData:
     def __init__(self, loader: DataLoader | ResidentLoader, plain: DataLoader | ResidentLoader | None = None):
         self.images, self.order = loader.dataset, loader.batch_sampler

@@ -7,6 +7,7 @@ from torch import nn
 
 from . import distributed, signals, together
 from .closely import Closely, timed
+from .data import bad_allowed
 from .learner import Learner
 from .meters import Display, Meter, hits
 from .optim import learning_rate, set_learning_rate, total_epochs
@@ -37,7 +38,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
     display = Display(f'Epoch {epoch}', -(-order.length // size),
                       (total_epochs(args) - epoch) * order.length - progress['sample'])
     look = Closely(run.parts['model'], display.updates, device, args)
-    bad_images, rate, arrived = 0, None, time.monotonic()
+    rate, arrived = None, time.monotonic()
 
     for end, batches in data.updates(epoch, progress['sample']):
         display.waited += time.monotonic() - arrived
@@ -66,9 +67,10 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
         progress['sample'] = end
 
         bad, stop = distributed.agree(data.report_bad(batches), signals.caught())
-        bad_images += bad
-        if bad_images > args.max_bad_images:
-            distributed.stop(f'{bad_images} unreadable images in epoch {epoch}, more than --max-bad-images allows')
+        progress['unreadable'] = progress.get('unreadable', 0) + bad
+        if progress['unreadable'] > (allowed := bad_allowed(args, order.length)):
+            distributed.stop(f'{progress["unreadable"]} unreadable images in epoch {epoch}, more than --max-bad-images '
+                             f'{allowed} allows')
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
             trouble = meter.read(watch_norms=not learner.scaler.is_enabled())

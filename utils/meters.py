@@ -76,24 +76,26 @@ class Meter:
 
     def read(self, watch_norms: bool) -> dict | None:
         """Bring everything in from the device; returns the first thing that was not finite, if any."""
-        troubles = []
+        troubles, losses = [], {}  # of each update the last batch's
         for row, (update, _, n) in zip(torch.stack(self.rows).tolist(), self.batches):
             parts = dict(zip(self.names, row))
+            losses[update] = parts
             self.sums['n'] += n
             for name, value in parts.items():
                 if n:
                     self.sums[name] += value * n if name.startswith('loss') else value
                 if name.startswith('loss/') and not math.isfinite(value):
-                    troubles.append((update, f'loss {name[5:]}', value))
+                    troubles.append((update, f'loss {name[5:]}', value, parts))
         norms = torch.stack(self.norms).tolist()
         self.sums['time/n'] += len(norms)
-        troubles += [(u, 'gradient norm', norm) for u, norm in enumerate(norms)
+        troubles += [(u, 'gradient norm', norm, losses[u]) for u, norm in enumerate(norms)
                      if watch_norms and not math.isfinite(norm)]
         trouble = None
         if troubles:
-            first, what, value = min(troubles, key=lambda t: t[0])  # stable: a loss before the norm it spoils
+            first, what, value, parts = min(troubles, key=lambda t: t[0])  # stable: a loss before the norm it spoils
             samples = [i for update, index, _ in self.batches if update == first for i in index.tolist()]
-            trouble = {'what': what, 'value': str(value), 'updates_ago': len(norms) - 1 - first, 'samples': samples}
+            trouble = {'what': what, 'value': str(value), 'updates_ago': len(norms) - 1 - first, 'samples': samples,
+                       'losses': {k[5:]: str(v) for k, v in parts.items() if k.startswith('loss/')}}
         for balance in torch.stack(self.balances).tolist() if self.balances else []:
             for name, value in zip(('n', 'labels', 'distillation', 'cosine'), (1, *balance)):
                 self.sums[f'balance/{name}'] += value

@@ -9,6 +9,7 @@ import hashlib
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -41,5 +42,6 @@ def seed_everything(*key):
     seed = derive(*key)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed % 2**32)  # which only somebody else's network or method draws from
     if torch.cuda.is_initialized():  # and not just available, which takes ten times as long to find out
         torch.cuda.manual_seed_all(seed)

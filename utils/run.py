@@ -41,6 +41,7 @@ class Run:
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
         self.parts, self.facts, self.began, self.writer = {}, {}, time.monotonic(), None
+        self.told = {}  # what else the results tell of the run
         self.unwritten, self.written = {}, float('-inf')  # files of the last and the best epoch by name; when they were
 
     def _open(self):
@@ -91,8 +92,8 @@ class Run:
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.progress['epoch'])
-            except ImportError:
-                print('note: tensorboard is not installed, no scalars are written', file=sys.stderr)
+            except Exception as error:  # not installed, a full disk: nothing to end a run for
+                self._no_scalars(error)
         best = self.progress['best']
         return best and folder.bring_best(self.origin.parent, self.folder, best)
 
@@ -142,8 +143,9 @@ class Run:
             if len(set(distributed.gather(fact))) > 1:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
         self.progress['best'] = distributed.from_main(self._begin)
+        self.told['parameters'] = sum(p.numel() for p in student.parameters())  # of all that it predicts through
         distributed.say(
-            f'{args.arch}: {sum(p.numel() for p in student.parameters()):,} parameters; {len(train.images):,} training '
+            f'{args.arch}: {self.told["parameters"]:,} parameters; {len(train.images):,} training '
             f'and {len(valid.dataset):,} validation images, {len(train.images.source.classes)} classes\n'
             f'global batch {train.order.batch * args.accum_steps} = {train.order.batch / ranks:g} x {ranks} ranks x '
             f'{args.accum_steps} batches per update; learning rate {args.lr:g}; {total_epochs(args)} epochs; '
@@ -198,7 +200,7 @@ class Run:
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
         record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
                   'seconds': round(self.seconds(), 2), 'evaluation': round(seconds, 2),
-                  'news': progress.pop('news', {})}
+                  'news': progress.pop('news', {}), 'unreadable': progress.pop('unreadable', 0)}
         others = {name: value for name, value in scores.items() if name != 'student'}
         record |= others
         last = {'epoch': epoch, **score, **others}
@@ -220,19 +222,16 @@ class Run:
               + ', the best so far' * best
               + (f'; teacher top1 {record["teacher"]["top1"]:.2f}' if 'teacher' in record else ''), flush=True)
         if self.writer:
-            for where in ('train', 'valid'):
-                for name in ('loss', 'top1', 'top5'):
-                    self.writer.add_scalar(f'{name}/{where}', record[where][name], record['epoch'])
-            for kind in ('losses', 'shares'):
-                for name, value in train.get(kind, {}).items():
-                    self.writer.add_scalar(f'{kind}/{name}', value, record['epoch'])
-            for name, rows in record['news'].items():
-                for label, row in enumerate(rows):
-                    for key, value in row.items():
-                        if isinstance(value, float):
-                            self.writer.add_scalar(f'{name} {key}/{label}', value, record['epoch'])
-            self.writer.add_scalar('lr', record['lr'], record['epoch'])
-            self.writer.flush()
+            try:
+                for name, value in scalars(record):
+                    self.writer.add_scalar(name, value, record['epoch'])
+                self.writer.flush()
+            except Exception as error:
+                self._no_scalars(error)
+
+    def _no_scalars(self, error: Exception):
+        self.writer = None
+        print(f'note: no scalars for TensorBoard are written: {error}', file=sys.stderr, flush=True)
 
     def refuse_nan(self, scores: dict, then: str = ''):
         """A guess among numbers that are none is no guess, and would score as the first class."""
@@ -272,12 +271,13 @@ class Run:
 
     def _result(self) -> dict:
         return {'finished': self.progress['epoch'] >= total_epochs(self.args), 'last': self.progress['last'],
-                'best': self.progress['best'], 'seconds': round(self.seconds(), 2), **self._origin()}
+                'best': self.progress['best'], 'teacher_score': self.progress.get('teacher'),
+                'seconds': round(self.seconds(), 2), **self._origin()}
 
     def _origin(self) -> dict:
         """All that is needed to do it again."""
         return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
-                'git': git_revision(), **self.facts, 'world_size': distributed.world(),
+                'git': git_revision(), **self.facts, **self.told, 'world_size': distributed.world(),
                 'device': torch.cuda.get_device_name() if self.device.type == 'cuda' else platform.machine(),
                 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                              'torchvision': torchvision.__version__}}
@@ -308,6 +308,22 @@ def differing(before: dict, args) -> str:
     now = recorded(args)
     return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
                      for k in sorted(now.keys() | before.keys()) if k not in NEUTRAL and now.get(k) != before.get(k))
+
+
+def scalars(record: dict):
+    """(name, value) of what TensorBoard is to draw of an epoch."""
+    for where in ('train', 'valid'):
+        for name in ('loss', 'top1', 'top5'):
+            yield f'{name}/{where}', record[where][name]
+    for kind in ('losses', 'shares'):
+        for name, value in record['train'].get(kind, {}).items():
+            yield f'{kind}/{name}', value
+    for name, rows in record['news'].items():
+        for label, row in enumerate(rows):
+            for key, value in row.items():
+                if isinstance(value, float):
+                    yield f'{name} {key}/{label}', value
+    yield 'lr', record['lr']
 
 
 @cache
