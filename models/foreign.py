@@ -31,6 +31,10 @@ class Wrapper(nn.Module):
     def state_dict(self, *args, **kwargs):
         return self.network.state_dict(*args, **kwargs)
 
+    @property
+    def published_name(self):
+        return self.network.published_name
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         state_dict.update((f'{prefix}network.{key[len(prefix):]}', value) for key, value in own.items())

@@ -8,6 +8,7 @@ import torch
 from conftest import PROGRAMS, assert_same, script
 from torch import nn
 
+from models import Renormalised
 from utils import checkpoint
 
 
@@ -94,6 +95,7 @@ def layouts(weights):
     yield {'state_dict': {f'module.{k}': v for k, v in weights.items()}, 'epoch': 3, 'arch': 'net'}
     yield {'model': weights, 'epoch': 3}
     yield {'student': weights}
+    yield {'model_state': weights, 'epoch': 3}
     average = {'n_averaged': torch.tensor(1), **{f'module.{k}': v for k, v in weights.items()}}
     yield {'format': 1, 'model': {k: v + 1 for k, v in weights.items()}, 'ema': average}
 
@@ -117,6 +119,36 @@ def test_weights_that_do_not_fit_are_named(tmp_path, weights, complaint):
     torch.save(weights, tmp_path / 'w.pth')
     with pytest.raises(SystemExit) as stop:
         checkpoint.load_weights(Net(), tmp_path / 'w.pth')
+    assert complaint in str(stop.value) and '\n' not in str(stop.value)
+
+
+class Renamed(Net):
+    """Published files call its first layer otherwise."""
+
+    def published_name(self, name):
+        return name.replace('0.', 'first.')
+
+
+@pytest.mark.parametrize('network', [Renamed, lambda: Renormalised(Renamed(), *2 * [((0.5,) * 3, (1,) * 3)])])
+def test_names_of_published_files(tmp_path, network):
+    weights = Net().state_dict()
+    for names in ('0.weight', '0.bias'), ('first.weight', 'first.bias'):
+        torch.save({'model': dict(zip((*names, '1.weight', '1.bias'), weights.values()))}, tmp_path / 'w.pth')
+        net = network()
+        checkpoint.load_weights(net, tmp_path / 'w.pth')
+        assert_same(net.state_dict(), weights)
+
+
+@pytest.mark.parametrize('change, complaint', [
+    ({'0.weight': torch.zeros(4, 3)}, 'first.weight is unknown'),  # which of the two it should be cannot be known
+    ({'first.weight': torch.zeros(5, 3)}, '0.weight is [5, 3] instead of [4, 3]'),
+    ({'second.weight': torch.zeros(4, 4)}, 'does not fit the network: second.weight is unknown'),
+])
+def test_names_of_published_files_are_as_strict(tmp_path, change, complaint):
+    weights = dict(zip(('first.weight', 'first.bias', '1.weight', '1.bias'), Net().state_dict().values()))
+    torch.save(weights | change, tmp_path / 'w.pth')
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.load_weights(Renamed(), tmp_path / 'w.pth')
     assert complaint in str(stop.value) and '\n' not in str(stop.value)
 
 

@@ -5,11 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import assert_same
 from torch import nn
 from zoo import build, pictures, with_statistics
 
+import models
 from models import create_model, imagenet
 from models.cifar import NETWORKS
+from utils import checkpoint
 
 # parameters with 100 classes, 10^6 multiply-adds at 32x32, (channels, size) of the stages, channels of the head
 PUBLISHED = {
@@ -76,6 +79,55 @@ def test_no_name_is_taken():
 def test_torchvision_has_no_weights(name):
     with pytest.raises(ValueError, match=rf'{name}.*checkpoint file'):
         create_model(name, pretrained=True)
+
+
+# layers as RepDistiller's and mdistiller's files call them, in the networks' order, after the block they are in
+
+BASIC, THREE = 'conv1 bn1 conv2 bn2', 'conv1 bn1 conv2 bn2 conv3 bn3'
+SHUFFLED = [(i, j) for i, depth in ((1, 4), (2, 8), (3, 4)) for j in range(depth)]
+INVERTED = [(i, j) for i, depth in enumerate((1, 2, 3, 4, 3, 3, 1)) for j in range(depth)]
+LAYERS = {
+    'resnet8': ['conv1 bn1', f'layer1.0: {BASIC}', f'layer2.0: {BASIC} downsample.0 downsample.1',
+                f'layer3.0: {BASIC} downsample.0 downsample.1', 'fc'],
+    'cifar_resnet18': ['conv1 bn1', *(f'layer{i}.{j}: {BASIC}' + ' shortcut.0 shortcut.1' * (i > 1 and j == 0)
+                                      for i in (1, 2, 3, 4) for j in (0, 1)), 'linear'],
+    'wrn_16_2': ['conv1', *(f'block{i}.layer.{j}: bn1 conv1 bn2 conv2' + ' convShortcut' * (j == 0)
+                            for i in (1, 2, 3) for j in (0, 1)), 'bn1 fc'],
+    'cifar_vgg8': [*(f'block{i}: 0 1' for i in range(5)), 'classifier'],
+    'cifar_vgg13': [*(f'block{i}: 0 1 3 4' for i in range(5)), 'classifier'],
+    'cifar_mobilenet_v2': ['conv1.0 conv1.1', *(f'blocks.{i}.{j}.conv: 0 1 3 4 6 7' for i, j in INVERTED),
+                           'conv2.0 conv2.1 classifier.0'],
+    'shufflenet_v1': ['conv1 bn1', *(f'layer{i}.{j}: {THREE}' for i, j in SHUFFLED), 'linear'],
+    'cifar_shufflenet_v2': ['conv1 bn1', *(f'layer{i}.{j}: {THREE}' + ' conv4 bn4 conv5 bn5' * (j == 0)
+                                           for i, j in SHUFFLED), 'conv2 bn2 linear'],
+}
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_published_files_load(name, tmp_path):
+    own = with_statistics(build(name)).state_dict()
+    blocks = [line.rpartition(': ') for line in LAYERS[name]]
+    theirs = [f'{block}.{layer}'.lstrip('.') for block, _, layers in blocks for layer in layers.split()]
+    called = dict(zip(dict.fromkeys(key.rpartition('.')[0] for key in own), theirs, strict=True))
+    published = {}
+    for key, value in own.items():
+        layer, _, parameter = key.rpartition('.')
+        published[f'{called[layer]}.{parameter}'] = value
+    for content in {'epoch': 240, 'model': published, 'accuracy': torch.tensor(75.61)}, own:
+        torch.save(content, tmp_path / 'ckpt_epoch_240.pth')
+        loaded = create_model(name, 10)
+        checkpoint.load_weights(loaded, tmp_path / 'ckpt_epoch_240.pth')
+        assert_same(loaded.state_dict(), own)
+
+
+@pytest.mark.parametrize('name', models.NETWORKS)
+def test_no_published_name_is_that_of_another_parameter(name):
+    with torch.device('meta'):
+        network = create_model(name, 10)
+    published_name = getattr(network, 'published_name', str)
+    theirs = {key: published_name(key) for key in network.state_dict()}
+    assert len(set(theirs.values())) == len(theirs)
+    assert all(key == other for key, other in theirs.items() if other in theirs)
 
 
 # structure: formulas written out

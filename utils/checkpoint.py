@@ -134,7 +134,7 @@ def weights_of(content, path) -> dict:
     """The student's or network's weights in any usual layout, without the prefixes that wrappers leave."""
     if is_checkpoint(content) and content.get('ema'):  # AveragedModel: its module, and a counter
         content = {k: v for k, v in content['ema'].items() if k.startswith('module.')}
-    for key in ('model', 'student', 'state_dict'):
+    for key in ('model', 'student', 'state_dict', 'model_state'):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
@@ -172,10 +172,18 @@ def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
     network.load_state_dict(weights)
 
 
+def by_own_names(network: nn.Module, weights: dict) -> dict:
+    """The weights by the network's names, where a published file has others and the network knows them."""
+    published_name = getattr(network, 'published_name', lambda name: name)
+    own = {published_name(name): name for name in network.state_dict()}
+    renamed = {own.get(name, name): value for name, value in weights.items()}
+    return renamed if len(renamed) == len(weights) else weights  # no two may become one
+
+
 def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
     """Load the weights in a file's content, or end the run in one line."""
     try:
-        fit(network, weights_of(content, path), path, named)
+        fit(network, by_own_names(network, weights_of(content, path)), path, named)
     except ValueError as error:
         sys.exit(f'error: {error}')
 

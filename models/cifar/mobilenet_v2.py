@@ -5,6 +5,8 @@ convolution in front of the first depthwise one, no dropout. A stage, all blocks
 bottleneck: its map and its pre-activation are the same tensor.
 Initialisation: kaiming normal, fan out, for the convolutions, N(0, 0.01^2) and bias 0 for the linear layer.
 """
+from itertools import chain
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,6 +58,16 @@ class MobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
+
+    def published_name(self, name: str) -> str:
+        """There a group has a list of its own, and a block is one sequence: three times convolution, norm, ReLU."""
+        if not name.startswith('stages.'):
+            return name.replace('stem', 'conv1').replace('last', 'conv2').replace('classifier', 'classifier.0')
+        own = [f'stages.{i}.{j}' for i, stage in enumerate(self.stages) for j in range(len(stage))]
+        theirs = [f'blocks.{i}.{j}' for i, (_, _, depth, _) in enumerate(chain(*STAGES)) for j in range(depth)]
+        block, part, i, parameter = name.rsplit('.', 3)
+        layer = 3 * ['expand', 'depthwise', 'project'].index(part) + int(i)
+        return f'{theirs[own.index(block)]}.conv.{layer}.{parameter}'
 
     @property
     def feature_norms(self) -> list[nn.Module | None]:

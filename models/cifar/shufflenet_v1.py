@@ -55,6 +55,11 @@ class ShuffleNetV1(nn.Module):
     def classifier(self) -> nn.Linear:
         return self.fc
 
+    def published_name(self, name: str) -> str:
+        for i in range(len(self.stages)):
+            name = name.replace(f'stages.{i}.', f'layer{i + 1}.')
+        return name.replace('fc', 'linear')
+
     @property
     def feature_norms(self) -> list[nn.Module | None]:
         return [stage[-1].bn3 for stage in self.stages]

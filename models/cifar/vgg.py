@@ -43,6 +43,9 @@ class VGG(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    def published_name(self, name: str) -> str:
+        return name.replace('blocks.', 'block')
+
     @property
     def feature_norms(self) -> list[nn.Module | None]:
         return [block[-1] for block in self.blocks[1:]]

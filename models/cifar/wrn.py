@@ -50,6 +50,13 @@ class WideResNet(nn.Module):
     def classifier(self) -> nn.Linear:
         return self.fc
 
+    def published_name(self, name: str) -> str:
+        if not name.startswith('blocks.'):
+            return name.replace('bn.', 'bn1.')
+        _, number, rest = name.split('.', 2)
+        stage, block = divmod(int(number), len(self.blocks) // 3)
+        return f'block{stage + 1}.layer.{block}.{rest}'.replace('shortcut', 'convShortcut')
+
     @property
     def feature_norms(self) -> list[nn.Module | None]:
         return [block.bn1 for block in self.blocks if block.shrinks] + [self.bn]

@@ -92,6 +92,10 @@ class ResNet(nn.Module):
     def classifier(self) -> nn.Linear:
         return self.fc
 
+    def published_name(self, name: str) -> str:
+        """In files for CIFAR of 18, 34 and 50 layers."""
+        return name.replace('downsample', 'shortcut').replace('fc', 'linear')
+
     @property
     def feature_norms(self) -> list[nn.Module | None]:
         return [stage[-1].last_norm for stage in self.stages]

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from ..features import Features
 
+# what files for CIFAR call the layers outside the blocks, and the kinds of layers within
+PUBLISHED = {'conv1.0': 'conv1', 'conv1.1': 'bn1', 'conv5.0': 'conv2', 'conv5.1': 'bn2', 'fc': 'linear'}
+BRANCHES = {'branch1': ['conv', 'bn', 'conv', 'bn'], 'branch2': ['conv', 'bn', 'relu', 'conv', 'bn', 'conv', 'bn']}
+
 
 def pointwise(c_in: int, c_out: int) -> list[nn.Module]:
     return [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)]
@@ -67,6 +71,16 @@ class ShuffleNetV2(nn.Module):
     @property
     def classifier(self) -> nn.Linear:
         return self.fc
+
+    def published_name(self, name: str) -> str:
+        """In files for CIFAR, which number the layers of a block by kind, those of branch1 first."""
+        layer, _, parameter = name.rpartition('.')
+        if layer in PUBLISHED:
+            return f'{PUBLISHED[layer]}.{parameter}'
+        stage, block, branch, i = layer.split('.')
+        kinds = BRANCHES[branch][:int(i) + 1]
+        before = 2 if (block, branch) == ('0', 'branch2') else 0
+        return f'layer{int(stage[-1]) - 1}.{block}.{kinds[-1]}{before + kinds.count(kinds[-1])}.{parameter}'
 
     @property
     def feature_norms(self) -> list[nn.Module | None]:
