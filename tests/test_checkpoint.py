@@ -152,6 +152,19 @@ def test_names_of_published_files_are_as_strict(tmp_path, change, complaint):
     assert complaint in str(stop.value) and '\n' not in str(stop.value)
 
 
+def test_files_from_before_batches_were_counted(tmp_path):
+    fresh, net = (nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)) for _ in range(2))
+    net(torch.randn(4, 2, 3, 3))
+    weights = {key: value for key, value in fresh.state_dict().items() if key != '0.num_batches_tracked'}
+    torch.save(weights, tmp_path / 'w.pth')
+    with pytest.raises(SystemExit, match=r'0\.num_batches_tracked is missing'):
+        checkpoint.load_weights(net, tmp_path / 'w.pth')
+    del weights['1.num_batches_tracked']
+    torch.save(weights, tmp_path / 'w.pth', _use_new_zipfile_serialization=False)
+    checkpoint.load_weights(net, tmp_path / 'w.pth')
+    assert_same(net.state_dict(), fresh.state_dict())
+
+
 @pytest.mark.parametrize('crash', ['torch.save 4', 'os.fsync 9', 'os.replace 9', 'os.replace 10', 'os.replace 11'])
 def test_a_kill_inside_a_save_loses_nothing(images, tmp_path, crash, base):
     """Killed before, during and after the writes and renames of a save; the same command then ends as if it had not."""

@@ -173,11 +173,17 @@ def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
 
 
 def by_own_names(network: nn.Module, weights: dict) -> dict:
-    """The weights by the network's names, where a published file has others and the network knows them."""
+    """The weights by the network's names, where a published file has others and the network knows them.
+
+    Files of PyTorch 0.4.0 and before have no norm's counter of batches; it starts at 0, as load_state_dict has it.
+    """
     published_name = getattr(network, 'published_name', lambda name: name)
     own = {published_name(name): name for name in network.state_dict()}
     renamed = {own.get(name, name): value for name, value in weights.items()}
-    return renamed if len(renamed) == len(weights) else weights  # no two may become one
+    if len(renamed) != len(weights):  # two would become one
+        return weights
+    counters = {name: torch.tensor(0) for name in own.values() if name.endswith('num_batches_tracked')}
+    return renamed if counters.keys() & renamed.keys() else counters | renamed
 
 
 def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
