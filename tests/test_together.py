@@ -209,6 +209,7 @@ def test_what_has_no_room_beside_it(base, tmp_path, flags, says):
 
 def test_ranks_have_one_run(base, tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '1')
     run = base(*CIFAR, '--seeds', 0, 1, '--output', tmp_path / 'run')
     assert run.code == 2 and 'torchrun' in run.err.splitlines()[-1]
 

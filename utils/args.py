@@ -1,9 +1,10 @@
 """The command line: pytorch/examples' and MGD's flags under their own names, then what a training script has today."""
 import argparse
 import math
-import os
 import shlex
 from pathlib import Path
+
+from . import distributed
 
 # What may change between a run and its resume: it says where and how fast to run, not what to compute. Images and
 # weights may lie elsewhere, as a run is tied to what they are (Run.facts).
@@ -245,11 +246,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     return args
 
 
+def several_processes(args) -> dict[str, bool]:
+    """What asks for them, and whether it is there."""
+    return {'--world-size': args.world_size > 1, '--multiprocessing-distributed': args.multiprocessing_distributed,
+            'torchrun': distributed.under_torchrun()}
+
+
 def check_graph(parser, args):
     others = {f'--optimizer {args.optimizer}': args.optimizer != 'sgd', f'--accum-steps {args.accum_steps}':
               args.accum_steps > 1, '--amp fp16': args.amp == 'fp16', '--no-accel': args.no_accel,
-              f'--compile {args.compile}': args.compile not in (False, 'default'), '--world-size': args.world_size > 1,
-              '--multiprocessing-distributed': args.multiprocessing_distributed, 'torchrun': 'RANK' in os.environ}
+              f'--compile {args.compile}': args.compile not in (False, 'default'), **several_processes(args)}
     if other := next((name for name, given in others.items() if given), None):
         parser.error(f'--cuda-graph records the one batch of an update of SGD on one GPU, not together with {other}')
 
@@ -259,8 +265,7 @@ def check_seeds(parser, args):
         parser.error('--seeds needs --output DIR: the runs go to DIR-SEED')
     if len(set(args.seeds)) < len(args.seeds):
         parser.error('--seeds names a seed twice')
-    others = {'--seed': args.seed is not None, '--evaluate': args.evaluate, '--world-size': args.world_size > 1,
-              '--multiprocessing-distributed': args.multiprocessing_distributed, 'torchrun': 'RANK' in os.environ,
+    others = {'--seed': args.seed is not None, '--evaluate': args.evaluate, **several_processes(args),
               f'--compile {args.compile}': args.compile not in (False, 'default')}  # graphs that belong to one thread
     if other := next((name for name, given in others.items() if given), None):
         parser.error(f'--seeds trains several runs in one process, not together with {other}')

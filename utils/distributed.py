@@ -39,7 +39,7 @@ def launch(worker, args):
     if args.inspect:  # one process looks at what the ranks would do
         if int(os.environ.get('RANK', args.rank)) <= 0:
             _run(worker, args)
-    elif 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not args.multiprocessing_distributed:
+    elif under_torchrun() and not args.multiprocessing_distributed:
         _run(worker, args, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
              int(os.environ.get('LOCAL_RANK', 0)), 'env://',
              nodes=int(os.environ['WORLD_SIZE']) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
@@ -53,9 +53,13 @@ def launch(worker, args):
         _run(partial(together.train, worker) if args.seeds else worker, args)
 
 
+def under_torchrun() -> bool:
+    return 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+
+
 def planned(args) -> tuple[int, int]:
     """How many ranks on how many nodes launch would start, were it not for --inspect."""
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not args.multiprocessing_distributed:
+    if under_torchrun() and not args.multiprocessing_distributed:
         ranks = int(os.environ['WORLD_SIZE'])
         return ranks, ranks // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     nodes = max(args.world_size, 1)
