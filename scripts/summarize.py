@@ -1,11 +1,11 @@
-"""The tables of CIFAR-100 as Markdown: what papers say beside what was measured here.
+"""The tables of CIFAR-100 and ImageNet as Markdown: what papers say beside what was measured here.
 
     python scripts/summarize.py                              of the files in results/
     python scripts/summarize.py runs/cifar100/*-?            of these runs, the tables they belong to
     python scripts/summarize.py --collect runs/cifar100/*-?  of results/ after theirs are put there
 
 Which cell a run belongs to is told by its --output, TABLE/METHOD-TEACHER-STUDENT-SEED or TABLE/base-NETWORK-SEED, as
-cifar100.sh names it. published.json has what is published, with the labels that it should have had.
+cifar100.sh and imagenet.sh name it. published.json has what is published, with the labels that it should have had.
 """
 import argparse
 import json
@@ -28,6 +28,8 @@ COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_d
           'nesterov', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix', 'auto_augment',
           'random_erasing', 'ema', 'crop_padding', 'warmup_epochs', 'warmup_by', 'clip_grad', 'amp', 'accum_steps',
           'sync_bn')
+# those of them that methods of a table with own_recipes set for themselves
+OWN = ('epochs', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'nesterov', 'no_bias_decay')
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
 Runs of another length than the paper's tell it instead. A dash was not run, or not published.
@@ -51,7 +53,7 @@ def read(path):
     except OSError as error:
         refuse(f'{file}: {error.strerror}')
     except (ValueError, KeyError, TypeError):
-        refuse(f'{file} is not the result of a run that cifar100.sh has named')
+        refuse(f'{file} is not the result of a run that cifar100.sh or imagenet.sh has named')
     if len(networks) != (1 if method == 'base' else 2) or (networks[-1], seed) != (run['arch'], str(run['seed'])):
         refuse(f'{path} trained {run["arch"]} with seed {run["seed"]}, but was called {output.name}')
     if arguments['dummy']:
@@ -67,7 +69,7 @@ def groups(runs, *keys):
     return found
 
 
-def check(runs):
+def check(runs, tables):
     """Refuse to compare what was not trained alike."""
     for cell in groups(runs, 'table', 'method', 'pair').values():
         for run in cell[1:]:
@@ -75,10 +77,12 @@ def check(runs):
             agree(cell[0], run, [key for key in one.keys() & other.keys() if one[key] != other[key]])
         if len({run['seed'] for run in cell}) < len(cell):
             refuse(f'{cell[0]["method"]}-{cell[0]["pair"]}: two runs have the same seed')
-    for first, *others in groups(runs, 'table', 'arch').values():
+    own = {table['runs'] for table in tables if table.get('own_recipes')}
+    for (name, _), (first, *others) in groups(runs, 'table', 'arch').items():
+        common = [key for key in COMMON if name not in own or key not in OWN]
         for run in others:
-            agree(first, run, [key for key in COMMON if first['arguments'].get(key) != run['arguments'].get(key)])
-    taught = [run for run in runs if run['arguments']['teacher_resume']]  # DML's "teacher" starts from random weights
+            agree(first, run, [key for key in common if first['arguments'].get(key) != run['arguments'].get(key)])
+    taught = [run for run in runs if run.get('teacher') and run['method'] != 'dml']  # its "teacher" starts at random
     for first, *others in groups(taught, 'table', 'teacher_arch').values():
         for run in others:
             agree(first, run, ['teacher'] * (first['teacher'] != run['teacher']))
@@ -168,7 +172,8 @@ def main():
     files = sorted(args.results.glob('*/*.json')) if args.collect or not args.runs else []
     stored = [run for run in map(read, files) if run]
     new = [run for run in named if run | {'path': 0} not in [other | {'path': 0} for other in stored]]
-    check(stored + new)
+    published = json.loads((HERE / 'published.json').read_text())
+    check(stored + new, published['tables'])
     if args.collect:
         for run in new:
             source, target = run['path'], args.results / run['table'] / f'{Path(run["arguments"]["output"]).name}.json'
@@ -176,7 +181,6 @@ def main():
             target.write_text((source / 'result.json' if source.is_dir() else source).read_text())
             run['path'] = target
 
-    published = json.loads((HERE / 'published.json').read_text())
     runs = stored + new
     tables = [*published['tables'], *unpublished(published['tables'], runs)]
     print(LEGEND)
