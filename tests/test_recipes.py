@@ -14,6 +14,34 @@ from utils.optim import learning_rate, total_epochs
 
 STUDENTS = ['mobilenet_v2_mgd', 'shufflenet_v2']
 
+# As published, of one pair or of all: epochs/batch/rate, the first epochs at lower rates, distiller and its arguments
+IMAGENET = """
+    base      *                      100/256/0.1  30/60/90  -
+    kd        *                      100/512/0.2  30/60/90  kd        weight=0.5 temperature=1
+    kd_dot    *                      100/512/0.2  30/60/90  kd        weight=0.5 temperature=1 dot_delta=0.09
+    kd_dist   *                      100/256/0.1  30/60/90  kd        weight=1 temperature=4
+    kd_lskd   resnet34-resnet18      100/512/0.2  30/60/90  kd        weight=9 temperature=2
+    at        *                      100/512/0.2  30/60/90  at        weight=1000 p=2
+    crd       *                      100/256/0.1  30/60/90  crd       weight=0.8 negatives=16384 tau=0.07 momentum=0.5
+    ofd       *                      100/256/0.1  29/59/89  ofd       weight=0.0001
+    srd       *                      100/512/0.2  30/60/90  srd       feature_weight=1 logit_weight=1
+    simkd     *                      120/256/0.1  30/60/90  simkd     weight=1 factor=2
+    dist      *                      100/256/0.1  30/60/90  dist      temperature=1 beta=2 gamma=2 local=1
+    dkd       resnet34-resnet18      100/512/0.2  30/60/90  dkd       alpha=0.5 beta=0.5 temperature=1 warmup=1
+    dkd       resnet50-mobilenet_v1  100/512/0.2  30/60/90  dkd       alpha=0.5 beta=2 temperature=1 warmup=1
+    reviewkd  resnet34-resnet18      100/256/0.1  30/60/90  reviewkd  weight=1 warmup=1 max_mid=512 student_preact=1
+    reviewkd  resnet50-mobilenet_v1  100/256/0.1  30/60/90  reviewkd  weight=8 warmup=1 max_mid=256 student_preact=1
+    mrkd      resnet34-resnet18      100/512/0.2  30/60/90  mrkd      pearson=2 kendall=2 top=1 local=1
+    mrkd      resnet50-mobilenet_v1  100/512/0.2  30/60/90  mrkd      pearson=32 kendall=32 top=1 local=1
+    mrkd      resnet50-resnet34      100/512/0.2  30/60/90  mrkd      pearson=32 kendall=32 top=1 local=1
+    expkd     resnet34-resnet18      100/512/0.2  15/30/45  expkd     weight=2 topk=0
+    expkd     resnet50-mobilenet_v1  150/256/0.2  30/60/90  expkd     topk=50
+"""
+NESTEROV, NO_BIAS_DECAY = ('kd_dist', 'dist', 'ofd'), ('kd_dist', 'dist')
+IMAGENET_TABLES = [table for table in json.loads((ROOT / 'scripts' / 'published.json').read_text())['tables']
+                   if table['runs'] == 'imagenet']
+IMAGENET_PAIRS = [pair for table in IMAGENET_TABLES for pair in table['pairs']]
+
 
 def recipe(path, name, *words, **extra):
     """The script with folder `path` searched for programs before all others."""
@@ -52,9 +80,9 @@ def dropping(rate, *lengths):
     return [rate / 10**i for i, length in enumerate(lengths) for _ in range(length)]
 
 
-def assert_sgd(args, batch, nesterov):
-    assert (args.optimizer, args.momentum, args.weight_decay, args.batch_size) == ('sgd', 0.9, 1e-4, batch)
-    assert args.nesterov == nesterov and args.accum_steps == 1 and not args.no_bias_decay
+def assert_sgd(args, batch, nesterov, optimizer='sgd', no_bias_decay=False):
+    assert (args.optimizer, args.momentum, args.weight_decay, args.batch_size) == (optimizer, 0.9, 1e-4, batch)
+    assert args.nesterov == nesterov and args.accum_steps == 1 and args.no_bias_decay == no_bias_decay
     assert not (args.mixup or args.cutmix or args.label_smoothing or args.random_erasing or args.ema)
     assert args.auto_augment == 'off' and args.image_size == 224
 
@@ -85,6 +113,46 @@ def test_imagenet_distilled(asked, method):
     assert args.mgd_update_freq == 1 and args.pair_images > 20000
     warming = [0.01, 0.019, 0.028, 0.037, 0.046, 0.055, 0.064, 0.073, 0.082, 0.091]
     assert rates(args) == pytest.approx(warming + dropping(0.1, 31, 30, 20, 39))
+
+
+@pytest.mark.parametrize('line', IMAGENET.strip().splitlines(), ids=lambda line: '-'.join(line.split()[:2]))
+def test_imagenet_tables(asked, line):
+    method, pairs, recipe, drops, distiller, *values = line.split()
+    epochs, batch, rate = map(float, recipe.split('/'))
+    drops = [0, *map(int, drops.split('/')), int(epochs)]
+    for pair in IMAGENET_PAIRS if pairs == '*' else [pairs]:
+        _, script, args = asked('imagenet.sh', pair, method, '/imagenet', SEED=3, RUNS='/runs')
+        teacher, student = pair.split('-')
+        assert (args.data, args.arch, args.seed) == ('/imagenet', student, 3)
+        name = f'base-{student}' if method == 'base' else f'{method}-{pair}'
+        assert args.output == f'/runs/imagenet/{name}-3' and not args.pretrained and not args.teacher_resume
+        assert_sgd(args, batch, nesterov=method in NESTEROV, optimizer='dot' if method == 'kd_dot' else 'sgd',
+                   no_bias_decay=method in NO_BIAS_DECAY)
+        ratio = 5 if (method, pair) == ('expkd', 'resnet34-resnet18') else 10
+        assert rates(args) == pytest.approx(
+            [rate / ratio**i for i in range(4) for _ in range(drops[i], drops[i + 1])])
+        if method == 'base':
+            assert script == 'main_base'
+            continue
+        assert (script, args.distiller, args.teacher_arch) == ('main_distill', [distiller], teacher)
+        assert args.logit_standardize == (method == 'kd_lskd')
+        assert method != 'ofd' or args.ofd_teacher_bn == 'batch'
+        assert args.ce_weight == {'kd': 0.5, 'kd_dot': 0.5, 'kd_dist': 0.9, 'kd_lskd': 1}.get(method)
+        for name, value in (value.split('=') for value in values):
+            assert getattr(args, name if name == 'dot_delta' else f'{distiller}_{name}') == float(value)
+
+
+def test_every_published_row_of_imagenet_has_a_recipe():
+    assert {method for table in IMAGENET_TABLES for method, *_ in table['rows']} == {
+        'mgd', 'mgd_kd', *(line.split()[0] for line in IMAGENET.strip().splitlines())}
+
+
+@pytest.mark.parametrize('method', ['kd_lskd', 'dkd', 'reviewkd', 'mrkd', 'expkd', 'mgd_kd'])
+def test_imagenet_pairs_without_published_values(tmp_path, method):
+    (tmp_path / 'python').write_text('#!/bin/sh\n')
+    (tmp_path / 'python').chmod(0o755)
+    run = recipe(tmp_path, 'imagenet.sh', 'resnet101-resnet18', method, '/imagenet')
+    assert run.returncode == 0 and ('is published, this is the default' in run.stderr) == (method != 'mgd_kd')
 
 
 @pytest.mark.parametrize('network', ['resnet50', *STUDENTS])
@@ -122,6 +190,7 @@ def test_flags_win_and_a_check_downloads_nothing(asked, words):
 
 @pytest.mark.parametrize('words', [
     ('imagenet.sh',), ('imagenet.sh', 'mgd'), ('imagenet.sh', 'kdd', '/data'),
+    ('imagenet.sh', 'resnet34-resnet18', 'mgd'),
     ('cub200.sh', 'shufflenet_v2', 'mgd'), ('cub200.sh', 'shufflenet_v2', 'kdd', '/data', 'teacher.pth'),
     ('cub200.sh', 'mobilenet_v2', 'mgd', '/data', 'teacher.pth'), ('cub200.sh', 'resnet50', 'mgd', '/data', 't.pth'),
     ('cub200.sh', 'shufflenet_v2', 'mgd', '/data'), ('cub200.sh', 'shufflenet_v2', 'mgd', '/data', '--epochs', '1'),
@@ -133,9 +202,10 @@ def test_wrong_words_show_the_right_ones(tmp_path, words):
 
 @pytest.mark.parametrize('words, losses', [
     (('imagenet.sh', 'mgd'), ['ce', 'mgd']),
+    (('imagenet.sh', 'resnet34-resnet18', 'ofd'), ['ce', 'ofd']),
     (('cub200.sh', 'mobilenet_v2_mgd', 'mgd_kd'), ['ce', 'kd', 'mgd']),
     (('cub200.sh', 'shufflenet_v2', 'base'), ['ce']),
-], ids=['imagenet', 'cub200', 'alone'])
+], ids=['imagenet', 'another pair', 'cub200', 'alone'])
 def test_a_check_runs(tmp_path, words, losses):
     """With the real programs and hardly any work."""
     (tmp_path / 'python').write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
