@@ -1,4 +1,6 @@
 """Paying More Attention to Attention. Zagoruyko, Komodakis, ICLR 2017."""
+import math
+
 import torch.nn.functional as F
 
 from .base import Distiller, positive
@@ -24,7 +26,7 @@ class AT(Distiller):
     def __init__(self, student, teacher, *, p=2.0, weight=1000.0, pairing: Pairing = 'depth'):
         super().__init__()
         positive(weight=weight)
-        if p < 1:  # the slope of |F|^p at 0 is infinite, and a ReLU gives zeros
+        if not 1 <= p < math.inf:  # the slope of |F|^p at 0 is infinite, and a ReLU gives zeros
             raise ValueError(f'p is {p}, but has to be at least 1')
         self.p, self.weight, self.pairing = p, weight, stage_pairs(student, teacher, pairing)
         refuse_single_pixels(student, teacher, self.pairing)

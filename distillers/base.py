@@ -1,6 +1,7 @@
 """What a method is, what trains a student with some of them, and how a method's arguments become flags."""
 import copy
 import inspect
+import math
 import re
 from contextlib import contextmanager
 from itertools import chain
@@ -306,8 +307,17 @@ def probe_image(network: nn.Module) -> torch.Tensor:
 def positive(**values: float):
     """Refuse hyper-parameters that would silently switch a method off, or turn it around."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f'{name} is {value}, but has to be above 0')
+        if not 0 < value < math.inf:
+            raise ValueError(f'{name} is {value}, but has to be above 0' + ', and finite' * (value == math.inf))
+
+
+def terms(**factors: float):
+    """The same of the factors of a method's terms, which are not all needed."""
+    for name, value in factors.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f'{name} is {value}, but has to be 0 or more, and finite')
+    if not any(factors.values()):
+        raise ValueError(f'{" and ".join(factors)} are 0: the method would do nothing')
 
 
 # Flags

@@ -1,5 +1,5 @@
 """Knowledge Distillation from A Stronger Teacher. Huang et al., NeurIPS 2022."""
-from .base import Distiller, positive
+from .base import Distiller, positive, terms
 from .parts import relations
 
 
@@ -23,7 +23,8 @@ class DIST(Distiller):
 
     def __init__(self, student, teacher, *, beta=2.0, gamma=2.0, temperature=4.0, scale_t2=True, local=False):
         super().__init__()
-        positive(temperature=temperature, **{'beta + gamma': beta + gamma})
+        positive(temperature=temperature)
+        terms(beta=beta, gamma=gamma)
         scale = temperature**2 if scale_t2 else 1.0
         self.beta, self.gamma, self.temperature, self.local = scale * beta, scale * gamma, temperature, local
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Distiller, positive
+from .base import Distiller, positive, terms
 
 
 class DKD(Distiller):
@@ -28,7 +28,8 @@ class DKD(Distiller):
 
     def __init__(self, student, teacher, *, alpha=1.0, beta=8.0, temperature=4.0, warmup=20):
         super().__init__()
-        positive(temperature=temperature, warmup=warmup, **{'alpha + beta': alpha + beta})
+        positive(temperature=temperature, warmup=warmup)
+        terms(alpha=alpha, beta=beta)
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
         self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
 

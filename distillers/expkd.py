@@ -31,6 +31,7 @@ class ExpKD(Distiller):
     relu: whether what speaks against a class counts as silence
     """
 
+    teacher_reads = ('head',)  # and of the logits no more than which are the largest
     teacher_kept = 'classifier'
 
     def __init__(self, student, teacher, *, weight=1.0, temperature=1.0, topk=0,

@@ -35,7 +35,7 @@ class FitNet(Distiller):
             raise ValueError(f'the teacher has {len(maps_t)} stages, and no stage {stage_t} (--fitnet-stage-t)')
         if stage - 1 not in pairs:
             raise ValueError(f'stage {stage} of the student has no partner for a hint; these have one: '
-                             f'{", ".join(str(i + 1) for i in pairs)} (--fitnet-stage)')
+                             f'{", ".join(str(i + 1) for i in pairs)}')
         self.weight, self.stage_s, self.stage_t = weight, stage - 1, pairs[stage - 1]
         self.pairing = [(self.stage_s, self.stage_t)]
         self.regressor = Regressor(maps_s[self.stage_s].shape, maps_t[self.stage_t].shape)

@@ -28,6 +28,7 @@ class FT(Distiller):
     paraphraser_lr: learning rate of the paraphraser
     """
 
+    teacher_reads = ('maps',)
     teacher_kept = 'maps'
 
     def __init__(self, student, teacher, *, weight=200.0, k=0.5, paraphraser_epochs=30, paraphraser_lr=0.01):

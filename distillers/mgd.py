@@ -52,8 +52,10 @@ class MGD(Distiller):
         positive(update_freq=update_freq)
         if SimpleMinCostFlow is None:
             raise ValueError('it matches channels by OR-Tools, which is not installed: pip install ortools')
-        if not loss_factor >= 0:
-            raise ValueError(f'loss_factor is {loss_factor}, but has to be at least 0')
+        if not 0 <= loss_factor < math.inf:
+            raise ValueError(f'loss_factor is {loss_factor}, but has to be at least 0, and finite')
+        if stage_factors and not (all(0 <= factor < math.inf for factor in stage_factors) and any(stage_factors)):
+            raise ValueError(f'stage_factors {" ".join(map(str, stage_factors))}: each has to be 0 or more, one above')
         self.reduce, self.update_freq = REDUCERS[reducer], update_freq
         self.loss_factor = loss_factor or 1e4 * (getattr(student, 'image_size', 224) / 224) ** 2  # it sums over pixels
 
@@ -121,6 +123,8 @@ class Stage(nn.Module):
     def __init__(self, sc: int, tc: int, g: int, candidates: int, teacher_norm: nn.Module | None, norm: str):
         super().__init__()
         self.candidates = candidates  # only the first of the teacher's channels, where the remainder is cut
+        if norm == 'gn' and sc % 32:
+            raise ValueError(f'norm gn has 32 groups of channels, a stage of the student {sc} channels: leave it at bn')
         self.norm = nn.BatchNorm2d(sc) if norm == 'bn' else nn.GroupNorm(32, sc)
         self.tells_margins = tells_margins(teacher_norm)
         self.register_buffer('margins', margins_of(teacher_norm) if self.tells_margins else torch.zeros(tc))

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .base import Distiller, positive, z_scores
+from .base import Distiller, positive, terms, z_scores
 from .parts import of_all_ranks, row_pearson
 
 PAIRS_AT_ONCE = 2**24  # what a temporary of the Kendall term holds
@@ -32,7 +32,8 @@ class MRKD(Distiller):
 
     def __init__(self, student, teacher, *, pearson=16.0, kendall=32.0, beta=0.5, top=1.0, local=False):
         super().__init__()
-        positive(beta=beta, top=top, **{'pearson + kendall': pearson + kendall})
+        positive(beta=beta, top=top)
+        terms(pearson=pearson, kendall=kendall)
         if top > 1:
             raise ValueError(f'top is {top}, but a share is at most 1')
         self.pearson, self.kendall, self.beta, self.top, self.local = pearson, kendall, beta, top, local

@@ -24,6 +24,8 @@ class ReviewKD(Distiller):
     student_preact: take the student's maps before the last activation, too (ImageNet), instead of after it (CIFAR)
     """
 
+    teacher_reads = ('pooled', 'preact')
+
     def __init__(self, student, teacher, *, weight=5.0, warmup=20, max_mid=512, student_preact=False):
         super().__init__()
         positive(weight=weight, warmup=warmup, max_mid=max_mid)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .base import Distiller, positive
+from .base import Distiller, terms
 from .parts import of_all_ranks, unit
 
 ANCHORS_AT_ONCE = 64  # their differences to all samples, [64, N, C], and angles, [64, N, N], exist at a time
@@ -27,7 +27,7 @@ class RKD(Distiller):
 
     def __init__(self, student, teacher, *, distance=25.0, angle=50.0, local=False):
         super().__init__()
-        positive(**{'distance + angle': distance + angle})
+        terms(distance=distance, angle=angle)
         self.distance, self.angle, self.local = distance, angle, local
 
     def forward(self, s, t, batch):

@@ -22,6 +22,7 @@ class SimKD(Distiller):
     """
 
     default_ce_weight = 0.0
+    teacher_reads = ('head',)
     teacher_kept = 'classifier'
 
     def __init__(self, student, teacher, *, weight=1.0, factor=2):

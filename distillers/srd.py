@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Distiller, positive, probe
+from .base import Distiller, positive, probe, terms
 from .parts import conv_bn, relations, smaller
 
 
@@ -24,13 +24,15 @@ class SRD(Distiller):
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
 
+    teacher_reads = ('pooled', 'head')
     teacher_kept = 'classifier'
 
     def __init__(self, student, teacher, *, feat: Literal['mean', 'full'] = 'mean',
                  logit: Literal['mse', 'dist', 'kl', 'pmse'] = 'mse', feature_weight=1.0, logit_weight=1.0,
                  temperature=4.0, local=False):
         super().__init__()
-        positive(temperature=temperature, **{'feature_weight + logit_weight': feature_weight + logit_weight})
+        positive(temperature=temperature)
+        terms(feature_weight=feature_weight, logit_weight=logit_weight)
         self.feat, self.logit, self.temperature, self.local = feat, logit, temperature, local
         self.feature_weight, self.logit_weight = feature_weight, logit_weight
         self.regression = Regression(student, teacher)

@@ -1,7 +1,7 @@
 """SRD whose logits match by DIST's relations. chitraz/KnowledgeDistillationForModelCompression (code, no paper)."""
 import torch.nn.functional as F
 
-from .base import Distiller, positive
+from .base import Distiller, terms
 from .parts import relations, smaller
 from .srd import Regression
 
@@ -22,11 +22,12 @@ class SRDwithDIST(Distiller):
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
 
+    teacher_reads = ('pooled', 'head')
     teacher_kept = 'classifier'
 
     def __init__(self, student, teacher, *, alpha=1.0, inter=10.0, intra=10.0, local=False):
         super().__init__()
-        positive(**{'alpha + inter + intra': alpha + inter + intra})
+        terms(alpha=alpha, inter=inter, intra=intra)
         self.alpha, self.inter, self.intra, self.local = alpha, inter, intra, local
         self.regression = Regression(student, teacher)
 

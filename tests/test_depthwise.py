@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from zoo import build, pictures
+from zoo import build, pictures, with_statistics
 
+from distillers.lean import folded
 from utils.depthwise import StridedDepthwise
 from utils.setup import place, precision
 
@@ -72,6 +73,15 @@ def test_the_gradient_of_the_input_is_computed_in_float32(monkeypatch):
         F.relu(conv(x)).sum().backward()
     assert seen == [(torch.float32, (True, False, False)), (torch.bfloat16, (False, True, False))]
     assert x.grad.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
+
+
+def test_a_teacher_of_them_is_folded():
+    """Which gives them a bias."""
+    teacher = place(with_statistics(build('mobilenet_v2')), CPU, HALF).requires_grad_(False)
+    teacher.image_size = 64
+    lean = folded(teacher)
+    assert len(replaced(lean)) == 4 and all(m.bias.any() for m in replaced(lean))
+    torch.testing.assert_close(lean(pictures(64)), teacher(pictures(64)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('amp, conv', [('off', nn.Conv2d(4, 4, 3, 2, groups=4, bias=False)),

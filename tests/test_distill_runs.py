@@ -181,6 +181,8 @@ def test_flags_of_another_method_are_no_accident(distill, images, teacher, tmp_p
 def test_what_standardizes_logits_that_nobody_sees_is_refused(distill, images, teacher, tmp_path):
     run = distill(*flags(images, teacher, tmp_path / 'o', '--distiller', 'mgd', 'at', '--logit-standardize'))
     assert run.code == 2 and '--logit-standardize: --distiller mgd at sees no logits' in run.err
+    for name in ('ft', 'reviewkd', 'expkd', 'srd', 'srdwithdist', 'simkd'):
+        assert distill(*flags(images, teacher, tmp_path / 'o', '--distiller', name, '--logit-standardize')).code == 2
 
 
 @pytest.mark.parametrize('method, epoch, look', [

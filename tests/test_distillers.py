@@ -2,6 +2,7 @@
 import argparse
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -101,6 +102,27 @@ def test_kd_of_equal_logits_is_zero():
 def test_a_method_that_would_do_nothing_is_refused(values):
     with pytest.raises(ValueError, match=f'{next(iter(values))} is .* above 0'):
         KD(None, None, **values)
+
+
+@pytest.mark.parametrize('name, values, complaint', [
+    ('kd', {'weight': float('inf')}, 'weight is inf, but has to be above 0, and finite'),
+    ('kd', {'temperature': float('nan')}, 'temperature is nan'),
+    ('dkd', {'alpha': -0.5}, 'alpha is -0.5, but has to be 0 or more'),
+    ('dist', {'gamma': float('inf')}, 'gamma is inf'),
+    ('rkd', {'distance': 0.0, 'angle': 0.0}, 'distance and angle are 0: the method would do nothing'),
+    ('mrkd', {'kendall': -1.0}, 'kendall is -1'),
+    ('srd', {'feature_weight': -1.0}, 'feature_weight is -1'),
+    ('srdwithdist', {'alpha': float('nan')}, 'alpha is nan'),
+    ('at', {'p': float('nan')}, 'p is nan'),
+    ('ft', {'k': float('inf')}, 'k is inf'),
+    ('mgd', {'loss_factor': float('inf')}, 'loss_factor is inf'),
+    ('mgd', {'stage_factors': (0.0, 0.0, 0.0)}, 'stage_factors 0.0 0.0 0.0: each has to be 0 or more, one above'),
+    ('mgd', {'stage_factors': (1.0, -1.0, 1.0)}, 'stage_factors 1.0 -1.0 1.0'),
+    ('mgd', {'norm': 'gn'}, 'norm gn has 32 groups of channels, a stage of the student 8 channels'),
+])
+def test_factors_that_turn_a_method_off_or_around_are_refused(name, values, complaint):
+    with pytest.raises(ValueError, match=f'^{re.escape(complaint)}'):
+        DISTILLERS[name](*zoo.make('same'), **values)
 
 
 # Distillation

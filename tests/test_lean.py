@@ -155,7 +155,8 @@ def test_from_the_command_line(distill, images, tmp_path):
 
 
 @pytest.mark.parametrize('methods, left', [({'mgd': MGD}, ['preact']), ({'mgd': MGD, 'at': AT}, ['preact', 'maps']),
-                                           ({'mgd': MGD, 'reviewkd': ReviewKD}, ['preact', 'maps'])])
+                                           ({'mgd': MGD, 'reviewkd': ReviewKD}, ['preact']),
+                                           ({'mgd': MGD, 'dml': DML}, ['preact', 'maps'])])
 def test_maps_that_no_method_reads_are_let_go(methods, left):
     student, teacher = make('narrower')
     task = Distillation(student, teacher, {name: method(student, teacher) for name, method in methods.items()})

@@ -229,6 +229,17 @@ def loaders(source, seed=5):
             CropLoader(Images(source, view), order, ResidentImages(source, CPU, 2)))
 
 
+def test_images_that_are_no_jpegs_have_the_same_pixels_on_either_way(tmp_path):
+    for i in range(6):
+        path = tmp_path / 'ab'[i % 2] / f'{i}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    for source in Folder(tmp_path), load_source(conftest.arguments('--dummy', '--dummy-images', 6), train=True):
+        a, b = (list(data.TrainData(loader).updates(0, 0)) for loader in loaders(source))
+        for (_, (one, *_)), (_, (other, *_)) in zip(a, b, strict=True):
+            assert torch.equal(one.images, other.images)
+
+
 def test_batches_are_those_of_loader_processes(folder):
     """Also where images cannot be read: the same stand-ins, marked alike."""
     for source in (Folder(folder / 'train'), Folder(folder / 'train', by_pil=True)):

@@ -47,7 +47,10 @@ def compile_mode(text: str) -> str | bool:
     """As a switch, or one of torch.compile's modes."""
     if text in ('default', 'reduce-overhead', 'max-autotune'):
         return text
-    return 'default' if switch(text) else False
+    try:
+        return 'default' if switch(text) else False
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not 0, 1, default, reduce-overhead or max-autotune') from None
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -219,6 +222,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--procs-per-node needs --multiprocessing-distributed')
     if args.nesterov and (args.optimizer != 'sgd' or not args.momentum):
         parser.error('--nesterov needs --optimizer sgd and a --momentum')
+    if idle := [f'--{name} (needs {need})' for name, need, there in (
+            ('momentum', '--optimizer sgd or dot', args.optimizer != 'adamw'),
+            ('dot-delta', '--optimizer dot', args.optimizer == 'dot'),
+            ('warmup-epochs', '--warmup', args.warmup), ('warmup-by', '--warmup', args.warmup))
+            if not there and getattr(args, name.replace('-', '_')) != parser.get_default(name.replace('-', '_'))]:
+        parser.error(f'nothing reads {", ".join(idle)}')
     if args.optimizer == 'dot' and (args.amp == 'fp16' or args.clip_grad):
         parser.error('--optimizer dot keeps two gradients apart, which --amp fp16 and --clip-grad do not: leave them')
     if args.optimizer == 'dot' and args.compile not in (False, 'default'):

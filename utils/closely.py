@@ -15,6 +15,7 @@ LOOKS, APART = 4, 50  # per epoch, and updates between two: a look costs a backw
 _looking = None  # the Closely whose update is looked at now
 
 
+@torch.compiler.disable
 def now(device: torch.device) -> float:
     """When the device has done all that it was told to."""
     if device.type == 'cuda':

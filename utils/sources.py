@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from . import distributed
 
@@ -52,8 +53,10 @@ class Folder:
 
     def load(self, index):
         path, target = self.samples[index]
-        jpeg = None if self.by_pil else read_jpeg(path)
-        return read(path) if jpeg is None else jpeg, target
+        if self.by_pil:
+            return read(path), target
+        jpeg = read_jpeg(path)
+        return pil_to_tensor(read(path)) if jpeg is None else jpeg, target
 
 
 def images_in(root: Path):
@@ -162,8 +165,8 @@ class Cifar:
 class Dummy:
     """Noise with labels, each a function of the index."""
 
-    def __init__(self, length: int, classes: int, size: int):
-        self.size, self.classes = size, [str(c) for c in range(classes)]
+    def __init__(self, length: int, classes: int, size: int, by_pil=True):
+        self.size, self.by_pil, self.classes = size, by_pil, [str(c) for c in range(classes)]
         self.targets = [index % classes for index in range(length)]
         self.name = 'dummy image {}'.format
 
@@ -178,7 +181,8 @@ class Dummy:
         return np.stack([self.noise(index) for index in range(len(self))])
 
     def load(self, index):
-        return Image.fromarray(self.noise(index)), self.targets[index]
+        image = Image.fromarray(self.noise(index))
+        return image if self.by_pil else pil_to_tensor(image), self.targets[index]
 
 
 def load_or_next(source, index: int) -> tuple:
@@ -203,14 +207,14 @@ def find_split(root: str, *names: str) -> Path:
 
 
 def load_source(args, train: bool):
+    by_pil = args.exact_pixels or not train or args.dataset != 'imagefolder'  # published scores are of PIL's pixels
     if args.dummy:
         length = args.dummy_images if train else max(args.dummy_images // 4, 1)
         classes = {'imagefolder': 1000, 'cifar10': 10, 'cifar100': 100}[args.dataset]
-        return Dummy(length, classes, args.image_size if args.dataset == 'imagefolder' else 32)
+        return Dummy(length, classes, args.image_size if args.dataset == 'imagefolder' else 32, by_pil)
     if args.dataset != 'imagefolder':
         return Cifar(args.dataset, args.data, train)
     root = find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val')
-    by_pil = args.exact_pixels or not train  # published scores are of PIL's pixels
     made = manifest(args.data)
     if made.get('format') == 'raw':
         return Shards(root, list(made['images'][root.name]), by_pil)
