@@ -166,7 +166,8 @@ def test_the_first_trouble_is_reported():
         meter.add(batch._replace(index=batch.index + 10 * update), names, values)
         meter.add_norm(torch.tensor(norm))
     trouble = meter.read(watch_norms=True)
-    assert trouble == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 1, 'samples': [10, 11]}
+    assert trouble == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 1, 'samples': [10, 11],
+                       'losses': {'ce': '1.0', 'kd': 'nan'}}
     assert meter.sums['n'] == 6 and meter.sums['top1'] == 3 and meter.sums['loss/ce'] == float('inf')
 
 
