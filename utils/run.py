@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -267,7 +268,8 @@ class Run:
         distributed.say(f'done: last top1 {last["top1"]:.2f}, best {best["top1"]:.2f} (epoch {best["epoch"]}); '
                         f'{self.folder} holds last.pth, best.pth, log.jsonl, result.json')
         if self.writer:
-            self.writer.close()
+            with suppress(Exception):  # as above
+                self.writer.close()
 
     def _result(self) -> dict:
         return {'finished': self.progress['epoch'] >= total_epochs(self.args), 'last': self.progress['last'],
