@@ -305,7 +305,8 @@ def ran(tmp_path):
         (folder / 'result.json').write_text(json.dumps({
             'finished': finished, 'seed': int(seed), 'world_size': rank, 'arguments': arguments,
             'teacher': None if method == 'base' else teacher,
-            'last': {'correct1': last, 'n': 1000}, 'best': {'correct1': best, 'n': 1000}}))
+            'last': {'correct1': last, 'n': 1000} | ({'teacher': {}} if method == 'dml' else {}),
+            'best': {'correct1': best, 'n': 1000}}))
         return folder
     return write
 

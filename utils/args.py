@@ -4,8 +4,6 @@ import math
 import shlex
 from pathlib import Path
 
-from . import distributed
-
 # What may change between a run and its resume: it says where and how fast to run, not what to compute. Images and
 # weights may lie elsewhere, as a run is tied to what they are (Run.facts).
 NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 'resume', 'evaluate', 'overwrite',
@@ -257,6 +255,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 
 def several_processes(args) -> dict[str, bool]:
     """What asks for them, and whether it is there."""
+    from . import distributed  # and with it PyTorch, which scripts that read these flags alone can do without
     return {'--world-size': args.world_size > 1, '--multiprocessing-distributed': args.multiprocessing_distributed,
             'torchrun': distributed.under_torchrun()}
 
