@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from utils.optim import make_optimizer
 from utils.run import git_revision
-from utils.setup import precision
+from utils.setup import keep_memory, precision
 
 from .harness import Settings, copy_rate, flop_counter, matmul_rate, timed
 from .mgd_step import our_task, sizes_for, training_step
@@ -158,6 +158,8 @@ def main(arguments=None):
     settings, device = Settings(torch.device(args.device)), torch.device(args.device)
     on_cuda = device.type == 'cuda'
     torch.set_num_threads(settings.threads)
+    if not on_cuda:
+        keep_memory()
     sizes = sizes_for(settings, {'teacher': args.teacher, 'student': args.student, 'size': args.size}
                       | ({'batch': args.batch} if args.batch else {}))
     how, steps = {'channels_last': True, 'amp': args.amp, 'fold': True}, 20 if on_cuda else 3

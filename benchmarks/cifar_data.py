@@ -47,8 +47,8 @@ def cifar_data(settings: Settings, images=512, batch=64, samples=50000, negative
         plain(index, view), plain_negatives(torch.tensor(source.targets), index, negatives).to(device)
         return {}
 
-    variants = {'views': Variant(all_views(ours)), 'plain views': Variant(all_views(plain)),
-                'CRD batch': Variant(crd_batch), 'plain CRD batch': Variant(plain_crd_batch)}
+    variants = {'views': Variant(all_views(ours)), 'plain views': Variant(all_views(plain), theirs=True),
+                'CRD batch': Variant(crd_batch), 'plain CRD batch': Variant(plain_crd_batch, theirs=True)}
     skipped = peers.trouble(settings, peers.MDISTILLER)
     if settings.peers and not skipped:
         pixels = np.stack([np.asarray(source.load(i)[0]) for i in range(samples)])
@@ -58,7 +58,7 @@ def cifar_data(settings: Settings, images=512, batch=64, samples=50000, negative
             for part in next(batches):
                 part.to(device)
             return {}
-        variants[peers.MDISTILLER] = Variant(peer_crd_batch)
+        variants[peers.MDISTILLER] = Variant(peer_crd_batch, theirs=True)
 
     def limit():
         pixels, rate = 3 * 32 * 32, copy_rate(device)

@@ -80,7 +80,8 @@ def peer_steps(settings: Settings, sizes: dict) -> dict:
         if not peers.trouble(settings, name):
             args = options(False, 'off')
             student, teacher, _, batch = ingredients(settings, args, **sizes)
-            steps[name] = Variant(make(settings, student, teacher, batch=Prepare(args, settings.device)(batch)))
+            step = make(settings, student, teacher, batch=Prepare(args, settings.device)(batch))
+            steps[name] = Variant(step, theirs=True)
     return steps
 
 
@@ -90,7 +91,7 @@ def cifar_kd(settings: Settings, **sizes) -> Case:
     args = options(False, 'off')
     student, teacher, _, batch = ingredients(settings, args, **sizes)
     variants = {
-        'plain': Variant(plain_kd_step(student, teacher, Prepare(args, settings.device)(batch))),
+        'plain': Variant(plain_kd_step(student, teacher, Prepare(args, settings.device)(batch)), theirs=True),
         'live': Variant(our_step(settings, sizes)),
         'bf16 live': Variant(our_step(settings, sizes, 'bf16'), 'bf16'),
         'cached': Variant(our_step(settings, sizes, cached=True)),

@@ -1,14 +1,20 @@
-"""How a case is measured: all its variants in one process, in random order within each round.
+"""How a case is measured: all its variants, in random order within each round.
 
 The machine may be busy, so what counts on a CPU is the process's own time, and what is reported is the median over
-rounds of the ratio within a round. A GPU's time is taken by its events, over many steps; in fp32 its convolutions round
-to TF32, as PyTorch lets them, but not where results are compared.
+rounds of the ratio within a round. Each variant has a process there, so that memory which one has freed spares no other
+its own, and those that are ours treat memory as the scripts do. A GPU's time is taken by its events, over many steps;
+in fp32 its convolutions round to TF32, as PyTorch lets them, but not where results are compared.
 """
 import random
 import resource
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from math import prod
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.setup import full_float32, has_bf16
+from utils.setup import full_float32, has_bf16, keep_memory
 
 CUDA_STEPS, CUDA_MS = 40, 500  # of a variant in a round, whichever is less
 
@@ -44,6 +50,7 @@ class Variant(NamedTuple):
     run: Callable  # does the work once and returns what it comes to: numbers or tensors by name
     precision: str = 'fp32'
     clock: Callable[[], float] | None = None  # seconds, for what the host does; None: the device's own, by steps
+    theirs: bool = False  # a plain formulation, or another project
 
 
 class Row(NamedTuple):
@@ -100,27 +107,66 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
     variants = {name: v for name, v in variants.items() if any(name in (row.variant, row.baseline) for row in rows)}
     order, steps = random.Random(0), dict.fromkeys(variants, 1)
 
-    def one_round():
-        measured = {}
-        for name in variants if case.measures else order.sample(list(variants), len(variants)):
-            torch.manual_seed(0)
-            run, _, clock = variants[name]
-            measured[name] = run() if case.measures else timed(run, settings.device, steps[name], clock)
-        return measured
+    with ExitStack() as processes:
+        ask = {name: (lambda _, run=v.run: run()) if case.measures else
+               processes.enter_context(ready(v, settings)) for name, v in variants.items()}
 
-    with full_float32():
-        first = one_round()
-    if settings.device.type == 'cuda' and not case.measures:
-        torch.backends.cudnn.benchmark = True  # as the scripts have it
-        one_round()
-        for name, (ms, _) in one_round().items():
-            steps[name] = round(min(max(CUDA_MS / max(ms, 1e-3), 1), CUDA_STEPS))
-        one_round()  # in it, what is recorded as a graph is recorded
-    errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
-    kept = [first] if case.measures else [one_round() for _ in range(rounds)]
+        def one_round():
+            return {name: ask[name](steps[name]) for name in
+                    (variants if case.measures else order.sample(list(variants), len(variants)))}
+
+        with full_float32():
+            first = one_round()
+        if settings.device.type == 'cuda' and not case.measures:
+            torch.backends.cudnn.benchmark = True  # as the scripts have it
+            one_round()
+            for name, (ms, _) in one_round().items():
+                steps[name] = round(min(max(CUDA_MS / max(ms, 1e-3), 1), CUDA_STEPS))
+            one_round()  # in it, what is recorded as a graph is recorded
+        errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
+        kept = [first] if case.measures else [one_round() for _ in range(rounds)]
     samples = {name: [measured[name][0] for measured in kept] for name in variants}
     return [Outcome(row, variants[row.variant].precision, samples[row.variant], samples[row.baseline], error)
             for row, error in zip(rows, errors)]
+
+
+@contextmanager
+def ready(variant: Variant, settings: Settings) -> Iterator[Callable[[int], tuple[float, dict]]]:
+    """A function from a number of steps to the milliseconds that one takes, and what it comes to."""
+    if settings.device.type == 'cuda':
+        yield partial(answer, variant, settings.device)
+        return
+    fork = get_context('fork')
+    here, there = fork.Pipe()
+    process = fork.Process(target=serve, args=(variant, settings, here, there))
+    process.start()
+    there.close()
+
+    def ask(steps: int):
+        here.send(steps)
+        return here.recv()
+    try:
+        yield ask
+    finally:  # in the reverse order: those that were forked later hold this end, too
+        here.close()
+        process.join()
+
+
+def serve(variant: Variant, settings: Settings, asked_from: Connection, pipe: Connection):
+    asked_from.close()  # so that only the process that asks holds that end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    torch.set_num_threads(settings.threads)
+    if not variant.theirs:
+        keep_memory()
+    with suppress(EOFError):
+        while True:
+            pipe.send(answer(variant, settings.device, pipe.recv()))
+
+
+def answer(variant: Variant, device: torch.device, steps: int) -> tuple[float, dict]:
+    torch.manual_seed(0)
+    ms, result = timed(variant.run, device, steps, variant.clock)
+    return ms, {name: torch.as_tensor(value).detach().cpu().double().numpy() for name, value in result.items()}
 
 
 def timed(run: Callable, device: torch.device, steps: int, clock=None) -> tuple[float, dict]:
@@ -150,8 +196,8 @@ def difference(row: Row, ours: dict, baseline: dict) -> float:
     """The largest difference of what both return, in mean magnitudes of the baseline."""
     worst = 0.0
     for name in ours.keys() & baseline.keys():
-        a, b = (torch.as_tensor(result[name]).detach().cpu().double() for result in (ours, baseline))
-        error = ((a - b).abs().max() / b.abs().mean().clamp(min=1e-30)).item()
+        a, b = (np.asarray(result[name]) for result in (ours, baseline))
+        error = float(np.abs(a - b).max() / max(np.abs(b).mean(), 1e-30))
         if not error <= row.tolerance:  # NaN is a mismatch, too
             raise Mismatch(f'{row.variant}: {name} differs from that of {row.baseline} by {error:.1e} of its mean '
                            f'magnitude, {row.tolerance:.0e} is allowed')

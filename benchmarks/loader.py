@@ -101,7 +101,7 @@ def loader(settings: Settings, images=512, different=128, width=500, height=375,
 
     jpeg, raw = (prepare(folder, form) for form in ('jpeg', 'raw'))
     variants = {
-        'classic': Variant(classic, clock=spent),
+        'classic': Variant(classic, clock=spent, theirs=True),
         'folder': ours(folder, 1),
         'folder, exact pixels': ours(folder, 1, flags=['--exact-pixels']),
         'prepared': ours(jpeg, 1),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils.setup import full_float32
+from utils.setup import full_float32, keep_memory
 
 from . import peers
 from .harness import Case, Row, Settings, Variant
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def memory(settings: Settings, **sizes) -> Case:
     sizes = sizes_for(settings, sizes)
     variants = {name: Variant(in_its_own_process(name, settings, sizes), kind)
-                for name, (_, kind) in builders(settings, sizes).items()}
+                for name, (_, kind, _) in builders(settings, sizes).items()}
     rows = [Row('channels_last', 'plain', 0.9, 'share', tolerance=1e-4),
             Row('bf16 folded', 'plain', 0.5, 'share', tolerance=2e-2),
             Row('channels_last', peers.MGD, 0.45, 'share', tolerance=1e-4),
@@ -65,5 +65,7 @@ def main(given: str):
     name, device, threads, folder, sizes = json.loads(given)
     torch.set_num_threads(threads)
     settings = Settings(torch.device(device), threads, Path(folder) if folder else None)
-    build, _ = builders(settings, sizes)[name]
+    build, _, theirs = builders(settings, sizes)[name]
+    if not theirs:
+        keep_memory()
     print(json.dumps(growth_of(build(), settings.device)))

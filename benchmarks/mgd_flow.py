@@ -35,11 +35,11 @@ def flow_tracking(settings: Settings, stages=STAGES, batch=32) -> Case:
     variants = {
         'contiguous': Variant(lambda: ours(features)),
         'channels_last': Variant(lambda: ours(in_channels_last)),
-        'plain': Variant(lambda: plain(features)),
-        'plain channels_last': Variant(lambda: plain(in_channels_last)),
+        'plain': Variant(lambda: plain(features), theirs=True),
+        'plain channels_last': Variant(lambda: plain(in_channels_last), theirs=True),
     }
     if settings.peers and not peers.trouble(settings):
-        variants[peers.MGD] = Variant(peers.tracking(settings, stages, features))
+        variants[peers.MGD] = Variant(peers.tracking(settings, stages, features), theirs=True)
     rows = [Row('contiguous', 'plain', 2.5, tolerance=1e-6),
             Row('channels_last', 'plain channels_last', 1.8, tolerance=1e-6),
             Row('contiguous', peers.MGD, 2.5, tolerance=1e-6)]
@@ -65,11 +65,11 @@ def flow_assignment(settings: Settings, sc=1024, g=2) -> Case:
 
     variants = {
         'ours': Variant(lambda: price(mgd.match(cost, g)), clock=spent),
-        'plain': Variant(lambda: price(plain_assignment(cost.numpy(), g)), clock=spent),
+        'plain': Variant(lambda: price(plain_assignment(cost.numpy(), g)), clock=spent, theirs=True),
     }
     if settings.peers and not peers.trouble(settings):
         solve = peers.assignment(settings, cost, g)
-        variants[peers.MGD] = Variant(lambda: price(solve()), clock=spent)
+        variants[peers.MGD] = Variant(lambda: price(solve()), clock=spent, theirs=True)
     rows = [Row('ours', baseline, 4.0, tolerance=1e-4) for baseline in ('plain', peers.MGD)]
 
     def limit():

@@ -88,9 +88,8 @@ def training_step(task: Distillation, batch: Batch, args):
 
 
 def builders(settings: Settings, sizes: dict) -> dict:
-    """name: (function that makes a step, precision)."""
+    """name: (function that makes a step, precision, whether it is not ours)."""
     steps = {
-        'plain': (lambda: plain_step(*ingredients(settings, **sizes)), 'fp32'),
         'contiguous': (lambda: our_step(settings, sizes), 'fp32'),
         'channels_last': (lambda: our_step(settings, sizes, channels_last=True), 'fp32'),
         'folded': (lambda: our_step(settings, sizes, channels_last=True, fold=True), 'fp32'),
@@ -100,11 +99,13 @@ def builders(settings: Settings, sizes: dict) -> dict:
         'bf16 compiled': (lambda: our_step(settings, sizes, channels_last=True, amp='bf16', fold=True, compile=True),
                           'bf16'),
     }
+    others = {'plain': (lambda: plain_step(*ingredients(settings, **sizes)), 'fp32')}
     if settings.peers and not peers.trouble(settings):
-        theirs = partial(peers.mgd_step, settings)
-        steps[peers.MGD] = lambda: theirs(*ingredients(settings, **sizes)), 'fp32'
-        steps[PEER_BF16] = lambda: theirs(*ingredients(settings, **sizes), amp='bf16'), 'bf16'
-    return steps
+        peer_step = partial(peers.mgd_step, settings)
+        others[peers.MGD] = lambda: peer_step(*ingredients(settings, **sizes)), 'fp32'
+        others[PEER_BF16] = lambda: peer_step(*ingredients(settings, **sizes), amp='bf16'), 'bf16'
+    return ({name: (*step, False) for name, step in steps.items()} |
+            {name: (*step, True) for name, step in others.items()})
 
 
 def mgd_step(settings: Settings, **sizes) -> Case:
@@ -118,8 +119,9 @@ def mgd_step(settings: Settings, **sizes) -> Case:
                  Row('bf16 compiled', peers.MGD, 3.0, tolerance=2e-2)]
         rows += [Row(name, PEER_BF16, 1.5, tolerance=4e-2) for name in ('bf16 folded', 'bf16 compiled')]
     asked = {name for row in rows for name in (row.variant, row.baseline)}
-    variants = {name: Variant(build(), kind)
-                for name, (build, kind) in builders(settings, sizes_for(settings, sizes)).items() if name in asked}
+    made = builders(settings, sizes_for(settings, sizes))
+    variants = {name: Variant(build(), kind, theirs=theirs)
+                for name, (build, kind, theirs) in made.items() if name in asked}
     return Case(variants, rows, limit=lambda: products(variants['folded'].run, variants, settings.device),
                 skipped=peers.trouble(settings))
 

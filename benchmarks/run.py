@@ -64,7 +64,7 @@ def main(cases=CASES, arguments=None) -> int:
 
 
 def alone(names: list[str], cases, settings: Settings, rounds: int) -> list[list[dict] | None]:
-    """Several cases get a process each: memory that one has freed would spare the baselines of the next theirs."""
+    """Several cases get a process each, so that none begins with the memory that another has freed."""
     if len(names) == 1:
         return [one(cases[names[0]], names[0], settings, rounds)]
     found = []
@@ -76,10 +76,12 @@ def alone(names: list[str], cases, settings: Settings, rounds: int) -> list[list
 
 def one(make, name: str, settings: Settings, rounds: int) -> list[dict] | None:
     """The records of a case; None where its variants do not come to the same."""
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)  # a process that has worked with several must not be forked
     try:
         case = make(settings)
-        return show(name, case, measure(case, settings, rounds))
+        outcomes = measure(case, settings, rounds)
+        torch.set_num_threads(settings.threads)
+        return show(name, case, outcomes)
     except Mismatch as error:
         print(f'{name:<16} MISMATCH {error}', flush=True)
         return None

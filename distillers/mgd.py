@@ -239,7 +239,7 @@ def solved(solver, sc: int, tc: int):
 def absolute_max_pooling(groups, margins):
     t = next(groups)
     for u in groups:
-        t = torch.where(u.abs() > t.abs(), u, t)
+        t = t.lerp(u, u.abs().gt_(t.abs()))  # of weights 0 and 1; torch.where takes five times as long on a CPU
     return t, margins.mean(0)
 
 
@@ -273,7 +273,7 @@ def select(f: Tensor, channels: Tensor) -> Tensor:
     if f.is_contiguous():
         return f.index_select(1, channels)
     f = f.permute(0, 2, 3, 1)
-    return f.flatten(0, 2).index_select(1, channels).view(*f.shape[:3], -1).permute(0, 3, 1, 2)
+    return f.gather(3, channels.expand(*f.shape[:3], -1)).permute(0, 3, 1, 2)
 
 
 class PartialL2(torch.autograd.Function):

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
@@ -23,7 +24,6 @@ from benchmarks.cifar_kd import cifar_kd
 from benchmarks.cifar_run import cifar_run
 from benchmarks.harness import Case, Limit, Mismatch, Row, Settings, Variant, flop_counter, measure, timed
 from benchmarks.loader import decoding, write_folder
-from benchmarks.memory import held, peak
 from benchmarks.methods import methods
 from benchmarks.mgd_flow import flow_assignment, flow_tracking
 from benchmarks.mgd_step import arguments, mgd_step
@@ -156,9 +156,32 @@ def test_cases_find_equal_results(small):
 
 
 def test_the_peak_of_memory_sees_what_was_freed():
-    before = held(CPU.device)
-    torch.ones(256 << 20, dtype=torch.uint8)
-    assert peak(CPU.device) - before > 200e6
+    """In a process that has not freed any before."""
+    program = """if True:
+        import torch
+        from benchmarks.memory import held, peak
+        before = held(torch.device('cpu'))
+        torch.ones(256 << 20, dtype=torch.uint8)
+        print(peak(torch.device('cpu')) - before)
+    """
+    told = subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, capture_output=True).stdout
+    assert int(told) > 200e6
+
+
+def test_each_variant_has_its_process_and_ours_keep_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness, 'keep_memory', lambda: asked.append('ours'))
+
+    def variant(theirs):
+        def run():
+            asked.append('run')
+            return {'result': len(asked) + theirs, 'apart': os.getpid() != here}
+        return Variant(run, theirs=theirs)
+    here = os.getpid()
+    measure(case(Row('a', 'b', None), a=variant(False), b=variant(True)), CPU, rounds=1)
+    with pytest.raises(Mismatch):
+        measure(case(Row('a', 'b', None), a=variant(False), b=variant(False)._replace(theirs=True)), CPU, rounds=1)
+    assert not asked and not multiprocessing.active_children()
 
 
 class Reader(Distiller):
@@ -221,11 +244,13 @@ def test_a_step_on_a_gpu_is_on_one():
     assert distributed.replicated('network', torch.device('cuda'), arguments()) == 'network'
 
 
-def test_results_are_compared_in_full_float32():
-    rounded = []
-    measure(case(Row('a', 'b', None), a=spend(1), b=Variant(lambda: rounded.append(
-        torch.backends.cudnn.allow_tf32) or {'result': 1.0})), CPU, rounds=2)
-    assert rounded == [False, True, True]
+def test_results_are_compared_in_full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    rounded, clock = [], itertools.count().__next__
+    variants = {'a': Variant(lambda: {'result': 1.0}, clock=clock), 'b': Variant(lambda: rounded.append(
+        torch.backends.cudnn.allow_tf32) or {'result': 1.0}, clock=clock)}
+    measure(Case(variants, [Row('a', 'b', None)]), CPU._replace(device=torch.device('cuda')), rounds=2)
+    assert rounded == [False] + 5 * [True]
 
 
 @pytest.mark.parametrize('groups, first', [(1, False), (4, False), (1, True)])

@@ -3,12 +3,14 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torchvision
-from conftest import assert_close, assert_same, at_call, write_images
+from conftest import ROOT, assert_close, assert_same, at_call, write_images
 
 import main_base
 from models import create_model
@@ -390,6 +392,23 @@ def test_no_memory_is_one_line(base, images, tmp_path, monkeypatch):
     run = base(images, '--output', tmp_path)
     assert run.code == 1 and len(run.err.splitlines()) == 1
     assert run.err.startswith('error: rank 0: CUDA out of memory. Tried to allocate 9.00 GiB: take a smaller -b')
+
+
+def test_memory_that_was_freed_is_taken_again():
+    """Without new pages, of which a map of 64 MiB has 16,384: after a few times, as it is aligned."""
+    program = """if True:
+        import resource
+        import torch
+        from utils import setup
+        from utils.args import base_parser
+        setup.configure(base_parser('').parse_args(['--dummy']), torch.device('cpu'))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(40):
+            torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    told = subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, capture_output=True).stdout
+    assert int(told) < 20 * 16384
 
 
 @pytest.mark.parametrize('flags, says', [
