@@ -155,13 +155,12 @@ def main(arguments=None):
     parser.add_argument('--output', type=Path, default=ROOT / 'runs' / 'breakdown', metavar='DIR',
                         help='folder for breakdown.json')
     args = parser.parse_args(arguments)
-    settings, device = Settings(torch.device(args.device)), torch.device(args.device)
+    settings, device = Settings(torch.device(args.device), images=args.batch), torch.device(args.device)
     on_cuda = device.type == 'cuda'
     torch.set_num_threads(settings.threads)
     if not on_cuda:
         keep_memory()
-    sizes = sizes_for(settings, {'teacher': args.teacher, 'student': args.student, 'size': args.size}
-                      | ({'batch': args.batch} if args.batch else {}))
+    sizes = sizes_for(settings, {'teacher': args.teacher, 'student': args.student, 'size': args.size})
     how, steps = {'channels_last': True, 'amp': args.amp, 'fold': True}, 20 if on_cuda else 3
     kind = 'bf16' if args.amp == 'bf16' else 'tf32' if on_cuda else 'fp32'
     bytes_per_ms, flops_per_ms = copy_rate(device), matmul_rate(kind, device)

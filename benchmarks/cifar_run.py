@@ -36,7 +36,7 @@ def cifar_run(settings: Settings, **sizes) -> Case:
                    of['images'], '--arch', of['student'], '--teacher-arch', 'resnet8', '--teacher-resume',
                    root / 'teacher.pth', '--distiller', 'kd', '--cache-teacher', 'full', '--cache-dir', root / 'cache',
                    '--batch-size', 64, '--lr', 0.05, '--epochs', of['epochs'], '--print-freq', 200,
-                   '--skip-first-evaluation', '--no-tensorboard', '--seeds', *range(seeds), '--output',
+                   '--skip-first-evaluation', '--seeds', *range(seeds), '--output',
                    root / str(seeds), *of['flags']]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         ends = [json.loads(line)['seconds'] for line in (root / f'{seeds}-0' / 'log.jsonl').read_text().splitlines()]

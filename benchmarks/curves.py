@@ -31,7 +31,7 @@ OPTIONS = ('--channels-last', '--amp bf16', '--fold-teacher', '--teacher-amp bf1
 ON_CUDA = ('--fast', '--amp fp16', '--compile reduce-overhead', '--fast --compile', '--cuda-graph',
            '--cuda-graph --teacher-stream', '--fast --cuda-graph --compile')
 RECIPE = (f'--image-size 40 --epochs {EPOCHS} --schedule cosine --warmup --warmup-epochs 1 --warmup-by iteration '
-          f'--batch-size {BATCH} --no-tensorboard')
+          f'--batch-size {BATCH}')
 TEACHER = f'main_base.py {{images}} --arch resnet18 --lr 0.05 --seed 0 {RECIPE}'
 STUDENT = ('main_distill.py {images} --arch shufflenet_v2_x0_5 --teacher-arch resnet18 --teacher-resume {teacher} '
            f'--distiller mgd kd --kd-temperature 1.5 --kd-weight 1 --pair-images 256 --lr 0.02 {RECIPE}')

@@ -40,10 +40,11 @@ class Settings(NamedTuple):
     device: torch.device = torch.device('cpu')
     threads: int = 1
     peers: Path | None = None  # a folder with checkouts of other projects
+    images: int | None = None  # at once, in place of a case's own
 
     def batch(self, cpu: int, cuda: int) -> int:
         """A GPU needs more images at once before it, and not the launching of its kernels, takes the time."""
-        return cuda if self.device.type == 'cuda' else cpu
+        return self.images or (cuda if self.device.type == 'cuda' else cpu)
 
 
 class Variant(NamedTuple):

@@ -37,6 +37,8 @@ def main(cases=CASES, arguments=None) -> int:
     parser.add_argument('--device', default='cpu', metavar='D', help='cpu or cuda')
     parser.add_argument('--threads', type=int, default=1, metavar='N', help='of the process')
     parser.add_argument('--rounds', type=int, default=9, metavar='N', help='after one that does not count')
+    parser.add_argument('--batch', type=int, metavar='N',
+                        help="images at once (default: a case's own; those of CIFAR keep theirs)")
     parser.add_argument('--peers', type=Path, metavar='DIR', help='folder with checkouts of other projects')
     parser.add_argument('--output', type=Path, default=ROOT / 'runs' / 'bench', metavar='DIR',
                         help='folder for bench.json and bench.png')
@@ -44,9 +46,10 @@ def main(cases=CASES, arguments=None) -> int:
     for name in args.cases:
         if name not in cases:
             parser.error(f'there is no case {name}, but {", ".join(cases)}')
-    if args.rounds < 1:
-        parser.error('--rounds has to be at least 1')
-    settings = Settings(torch.device(args.device), args.threads, args.peers and args.peers.expanduser().resolve())
+    if args.rounds < 1 or (args.batch or 1) < 1:
+        parser.error('--rounds and --batch have to be at least 1')
+    settings = Settings(torch.device(args.device), args.threads, args.peers and args.peers.expanduser().resolve(),
+                        args.batch)
 
     facts = {'command': command(), 'time': datetime.now().isoformat(timespec='seconds'),
              'device': device_name(settings), 'threads': args.threads, 'rounds': args.rounds, 'git': git_revision(),

@@ -57,7 +57,7 @@ def throughput(settings: Settings, **sizes) -> Case:
                    of.teacher, '--teacher-resume', root / 'teacher.pth', '--distiller', 'mgd', '--image-size', of.size,
                    '--batch-size', of.batch, '--num-classes', 1000, '--epochs', 2, '--lr', 1e-3, '--pair-images',
                    of.batch, '--data-backend', 'device' if kind == 'device' else 'loader', '--workers', os.cpu_count(),
-                   '--skip-first-evaluation', '--no-tensorboard', '--seed', 0, '--output', output, *of.flags,
+                   '--skip-first-evaluation', '--seed', 0, '--output', output, *of.flags,
                    *(['--gpu', 0] if on_cuda else [])]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {'OMP_NUM_THREADS': str(settings.threads)})

@@ -1,5 +1,4 @@
 """Knowledge Transfer via Distillation of Activation Boundaries. Heo et al., AAAI 2019."""
-import torch
 from torch import nn
 
 from .base import Distiller, positive, probe
@@ -39,5 +38,5 @@ class AB(Distiller):
         return {'ab': self.weight * 0.003 * loss / len(s.logits)}
 
     def boundary(self, f_s, f_t):
-        excess = torch.where(f_t > 0, self.margin - f_s, self.margin + f_s)
-        return excess.clamp(min=0).square().sum()
+        side = 2.0 * (f_t > 0) - 1
+        return (self.margin - side * f_s).clamp(min=0).square().sum()

@@ -12,7 +12,7 @@ images=$demo/images
 # One recipe for all students, its learning rate the best of 0.01, 0.02, 0.05 and 0.1 for it alone. The methods' own
 # values are the published ones.
 recipe='--image-size 40 --epochs 6 --schedule cosine --warmup --warmup-epochs 1 --warmup-by iteration --batch-size 32
-    --lr 0.02 --channels-last --workers 0 --no-tensorboard'
+    --lr 0.02 --channels-last --workers 0'
 
 mkdir -p $demo/teacher
 echo "teacher: $demo/teacher/out.txt"

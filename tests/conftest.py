@@ -24,8 +24,7 @@ from utils.args import base_parser, check  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses, so that results can be compared bit by bit
 
-QUICK = ['--arch', 'resnet8', '--image-size', '32', '-b', '8', '--lr', '0.02', '--seed', '3', '-j', '0',
-         '--no-tensorboard', '--no-accel']
+QUICK = ['--arch', 'resnet8', '--image-size', '32', '-b', '8', '--lr', '0.02', '--seed', '3', '-j', '0', '--no-accel']
 
 
 def pytest_addoption(parser):

@@ -118,6 +118,17 @@ def test_exit_code_and_record(tmp_path, capsys, ours, goal, code):
     assert ('MISMATCH' in capsys.readouterr().out) == (ours.run()['result'] != 1)
 
 
+def test_the_batch_is_the_asked_or_the_case_s_own(tmp_path):
+    seen = []
+
+    def some(settings):
+        seen.append(settings.batch(8, 128))
+        return case(a=spend(1))
+    for words in [], ['--batch', '3']:
+        assert main({'some': some}, [*words, '--rounds', '1', '--output', str(tmp_path)]) == 0
+    assert seen == [8, 3] and CPU._replace(device=torch.device('cuda')).batch(8, 128) == 128
+
+
 def test_unknown_cases_are_refused():
     with pytest.raises(SystemExit):
         main(CASES, ['nonsense'])

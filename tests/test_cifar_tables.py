@@ -435,7 +435,7 @@ def test_numbers_of_the_papers():
 
 def test_a_check_runs(recorded, tmp_path, monkeypatch):
     calls, _ = recorded('cifar100_same.sh', 'ab', 'resnet14-resnet8', 0, '--epochs', 1, '-b', 4, '-j', 0,
-                        '--dummy-images', 8, '--no-accel', '--no-tensorboard', DATA='--dummy', RUNS=tmp_path / 'runs')
+                        '--dummy-images', 8, '--no-accel', DATA='--dummy', RUNS=tmp_path / 'runs')
     assert [start(call, monkeypatch) for call in calls] == ['main_distill', 'main_base']
     folder = tmp_path / 'runs' / 'cifar100' / 'ab-resnet14-resnet8-0'
     first, second = (json.loads((f / 'log.jsonl').read_text())['train'] for f in (folder / 'first', folder))

@@ -31,7 +31,7 @@ from utils.views import CropView, ShiftView
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
 TINY = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 72, '-b', 16, '--epochs', 2, '--lr', 0.02, '-j', 2,
-        '--seed', 3, '--no-tensorboard', '--arch', 'resnet8']
+        '--seed', 3, '--arch', 'resnet8']
 DISTIL = [*TINY, '--teacher-arch', 'resnet14', '--distiller']
 EXACT = ['--gpu', 0, '--deterministic']
 

@@ -17,8 +17,7 @@ from models import create_model
 from utils import signals
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-SMALL = ['--image-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--no-accel', '--no-tensorboard',
-         '--pair-images', '8']
+SMALL = ['--image-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--no-accel', '--pair-images', '8']
 NETWORKS = {'mobilenet_v1': 'resnet8', 'mobilenet_v2': 'resnet8', 'resnet50': 'resnet14',
             'timm:resnet50.a1_in1k': 'timm:resnet18'}
 FOLDERS = ('/imagenet', '/cub', '/data', 'DIR')

@@ -10,7 +10,7 @@ import main_distill
 from utils import closely, cost, engine, graph, setup, signals
 
 TINY = ['--dataset', 'cifar10', '--dummy', '--dummy-images', 27, '-b', 4, '--epochs', 3, '--lr', 0.02, '--seed', 3,
-        '-j', 0, '--no-tensorboard', '--skip-first-evaluation', '--arch', 'resnet8', '--teacher-arch', 'resnet8']
+        '-j', 0, '--skip-first-evaluation', '--arch', 'resnet8', '--teacher-arch', 'resnet8']
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def run(once, distill, tmp_path_factory):
         folder = tmp_path_factory.mktemp('mgd')
         done = distill(*CIFAR, '--arch', 'resnet8', '--teacher-arch', 'resnet8x4', '--epochs', 2, '--pair-images', 4,
                        '--dummy-images', 16, '--distiller', 'mgd', '--lr', 0.01, '--skip-first-evaluation',
-                       '--no-tensorboard', '--output', folder, quick=False)
+                       '--output', folder, quick=False)
         assert done.code == 0, done.err
         return folder
     return once('run', train)

@@ -211,7 +211,7 @@ def test_a_check_runs(tmp_path, words, losses):
     (tmp_path / 'python').write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / 'python').chmod(0o755)
     run = recipe(tmp_path, *words, '--dummy', '--epochs', 1, '--warmup', 0, '--image-size', 64, '-b', 4, '-j', 0,
-                 '--dummy-images', 8, '--no-accel', '--no-tensorboard', '--output', tmp_path / 'run')
+                 '--dummy-images', 8, '--no-accel', '--output', tmp_path / 'run')
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['finished']
     log = json.loads((tmp_path / 'run' / 'log.jsonl').read_text())

@@ -28,7 +28,7 @@ from utils.closely import Closely
 from utils.engine import evaluate
 from utils.meters import Meter, percentages
 
-CIFAR = ['--dummy', '--dataset', 'cifar10', '-j', '0', '--no-accel', '-b', '16', '--seed', '1', '--no-tensorboard']
+CIFAR = ['--dummy', '--dataset', 'cifar10', '-j', '0', '--no-accel', '-b', '16', '--seed', '1']
 TAUGHT = [*CIFAR, '--arch', 'resnet8', '--teacher-arch', 'resnet8x4', '--dummy-images', '32', '--lr', '0.01',
           '--pair-images', '8', '--skip-first-evaluation']
 

@@ -14,7 +14,7 @@ import main_distill
 from utils import engine, signals, together
 from utils.guard import Guard
 
-ALONE = ['--epochs', 2, '--lr', 0.02, '-j', 0, '--no-tensorboard', '--no-accel', '-p', 1]
+ALONE = ['--epochs', 2, '--lr', 0.02, '-j', 0, '--no-accel', '-p', 1]
 CIFAR = [*ALONE, '--dataset', 'cifar10', '--dummy', '--dummy-images', 10, '-b', 4, '--arch', 'resnet8']
 DISTILL = [*CIFAR, '--teacher-arch', 'resnet14', '--skip-first-evaluation']
 CRD = ['--distiller', 'crd', '--crd-negatives', 8, '--mixup', 0.5]

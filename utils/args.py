@@ -188,8 +188,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                    help='train a run with each of them in one process on one device, sharing images and teacher; each '
                         'as if alone with --seed N --output DIR-N')
     g.add_argument('-p', '--print-freq', type=count, default=10, metavar='UPDATES', help='between two lines')
-    g.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=True,
-                   help='scalars for TensorBoard in --output')
+    g.add_argument('--tensorboard', action=argparse.BooleanOptionalAction, default=False,
+                   help='scalars for TensorBoard in --output, beside log.jsonl')
 
     g = parser.add_argument_group('launch')
     g.add_argument('--gpu', type=natural, metavar='N', help='this GPU only (default: all of them)')
