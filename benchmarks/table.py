@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from distillers import DISTILLERS
-from distillers.base import first_line, notes
+from distillers.flags import first_line, notes
 
 
 def markdown(records: list[dict]) -> str:

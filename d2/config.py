@@ -5,7 +5,7 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 
 from distillers import DISTILLERS
-from distillers.base import hyper_parameters, options
+from distillers.flags import hyper_parameters, options
 
 CONFIGS = Path(__file__).resolve().parent / 'configs'
 

@@ -1,7 +1,7 @@
 """The methods: name on the command line -> class, one line each."""
 from .ab import AB
 from .at import AT
-from .base import Distillation, Distiller, adapts, add_flags, describe, drop_foreign, from_flags, reads_outputs
+from .base import Distillation, Distiller, adapts, reads_outputs
 from .cc import CC
 from .crd import CRD
 from .dist import DIST
@@ -10,6 +10,7 @@ from .dml import DML
 from .edkd import EDKD
 from .expkd import ExpKD
 from .fitnet import FitNet
+from .flags import add_flags, describe, drop_foreign, from_flags
 from .fsp import FSP
 from .ft import FT
 from .kd import KD

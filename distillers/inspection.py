@@ -34,8 +34,9 @@ from utils.run import Run
 from utils.sources import load_source
 
 from . import DISTILLERS, looks
-from .base import Distillation, evaluating, from_flags, probe
+from .base import Distillation, evaluating, probe
 from .cache import TeacherCache
+from .flags import from_flags
 from .lean import lean_teacher
 from .networks import build_student, build_teacher, identity
 

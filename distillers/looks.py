@@ -15,7 +15,8 @@ from utils.order import TrainOrder, spread
 from utils.run import Run
 from utils.sources import Folder
 
-from .base import Distillation, evaluating, first_line, flag, hyper_parameters, probe_image
+from .base import Distillation, evaluating, probe_image
+from .flags import first_line, flag, hyper_parameters
 
 WIDTH = 112  # of what is printed
 DECODED = 64  # images of each split

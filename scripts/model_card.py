@@ -9,7 +9,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, adapts
-from distillers.base import values_of
+from distillers.flags import values_of
 from models import NETWORKS, torchvision_names
 from utils import checkpoint
 from utils.run import git_revision

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel.scatter_gather import gather
 
 from distillers import DISTILLERS, Distillation, Distiller, add_flags, drop_foreign, from_flags
-from distillers.base import evaluating, hyper_parameters, probe
+from distillers.base import evaluating, probe
+from distillers.flags import hyper_parameters
 from distillers.kd import KD
 from distillers.mgd import MGD
 from models import Features, create_model

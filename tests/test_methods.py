@@ -9,7 +9,7 @@ import zoo
 from conftest import assert_same
 
 from distillers import DISTILLERS, Distillation, adapts, describe
-from distillers.base import hyper_parameters
+from distillers.flags import hyper_parameters
 from models import Features
 
 EQUAL_CHANNELS = {'narrower', 'wider', 'more stages', 'fewer stages', 'no norm'}

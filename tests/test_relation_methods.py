@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 import zoo
 
 from distillers import DISTILLERS, Distiller, crd, rkd
-from distillers.base import hyper_parameters
+from distillers.flags import hyper_parameters
 from distillers.parts import of_all_ranks, unit
 from models import Features
 from utils.data import Batch
