@@ -72,7 +72,7 @@ class Colours:
         return {'mean': scale * (pixels.mean(1) * std + mean), 'std': scale * pixels.std(1) * std}
 
 
-def loader(settings: Settings, images=512, different=128, width=500, height=375, batch=64) -> Case:
+def loader(settings: Settings, images=1024, different=128, width=500, height=375, batch=64) -> Case:
     kept = TemporaryDirectory()
     folder = Path(kept.name) / 'images'
     write_folder(folder, images, different, width, height)

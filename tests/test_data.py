@@ -2,6 +2,7 @@
 import pickle
 import re
 import shutil
+import time
 from collections import Counter
 
 import conftest
@@ -19,6 +20,7 @@ from utils.data import Batch, Images, Prepare
 from utils.order import EvalOrder, TrainOrder
 from utils.randomness import generator, seeded
 from utils.resident import Resident
+from utils.slots import Slots
 from utils.sources import Cifar, Dummy, Folder, load_source, read, read_jpeg
 from utils.views import STATISTICS, CenterView, CropView, ShiftView, shifts
 
@@ -94,6 +96,30 @@ def test_workers_change_nothing(images, workers):
     for batch, indices in zip(got, epoch_of(order, 1, 8), strict=True):
         assert batch.index.tolist() == indices
         assert torch.equal(batch.images, torch.stack([train.images[(1, i)].images for i in indices]))
+
+
+@pytest.mark.parametrize('workers, accum', [(1, 1), (1, 3), (2, 3), (3, 2)])
+def test_images_stay_while_an_update_holds_them(images, workers, accum):
+    """However far ahead the loader processes are."""
+    def updates(count):
+        args = arguments('--image-size', '32', '-j', str(count))
+        order = TrainOrder(39, 2, accum, 5, 0, 1)
+        return data.TrainData(data.make_loader(Images(Folder(images / 'train'), CropView(args, 5)), order, args))
+    ours, plain = updates(workers), updates(0)
+    for epoch in 0, 1:
+        for (_, held), (_, wanted) in zip(ours.updates(epoch, 0), plain.updates(epoch, 0), strict=True):
+            time.sleep(0.05)
+            assert all(torch.equal(a.images, b.images) for a, b in zip(held, wanted, strict=True))
+
+
+def test_batches_take_turns_in_shared_memory():
+    slots, images = Slots(2), [torch.full((5, 4, 3), i, dtype=torch.uint8) for i in range(9)]
+    first, second, third = (slots(images[i:i + 3]) for i in (0, 3, 6))
+    assert first.data_ptr() == third.data_ptr() != second.data_ptr() and first.is_shared()
+    assert second.unique().tolist() == [3, 4, 5] and first.unique().tolist() == third.unique().tolist() == [6, 7, 8]
+    assert slots(images[:1]).data_ptr() == second.data_ptr()  # a smaller one, at the end of an epoch
+    larger, floats = slots(images[:4]), slots([image.float() for image in images[:3]])
+    assert larger.shape == (4, 5, 4, 3) and floats.dtype == torch.float32
 
 
 def test_a_sample_of_the_training_images_is_split_over_the_ranks_and_changes_with_the_epoch(images):

@@ -9,7 +9,7 @@ import hashlib
 import sys
 import warnings
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,12 @@ from .crops import ResidentImages, stack
 from .order import EvalOrder, TrainOrder
 from .randomness import generator
 from .resident import Resident
+from .slots import Slots
 from .sources import Shards, load_or_next, load_source, manifest
 from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
+PREFETCH = 2  # batches that each loader process is ahead
 TOGETHER = 1024  # of them, over all ranks, are cropped and normalised at once: by as many kernels as a few would be
 
 
@@ -202,17 +204,22 @@ class TrainData:
         return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)
 
 
-def collate(samples: list[Batch]) -> Batch:
+def collate(samples: list[Batch], together=default_collate) -> Batch:
     images, *others = zip(*samples)
-    return Batch(stack(images), *map(default_collate, others))
+    return Batch(stack(images, together), *map(default_collate, others))
 
 
 def make_loader(images, order, args):
+    """Of those for training, the images of a batch are there until the loop has asked for an update's batches more."""
     # More workers than there are cores, says torch; a look says so in its own words.
     warnings.filterwarnings('ignore' if args.inspect else 'once', 'This DataLoader will create')
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
-    loader = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
+    together = default_collate
+    if args.workers and isinstance(order, TrainOrder):  # those on their way, and of each worker its share of an update
+        together = Slots(PREFETCH + -(-order.accum // args.workers))
+    loader = DataLoader(images, batch_sampler=order, collate_fn=partial(collate, together=together),
+                        num_workers=args.workers, prefetch_factor=PREFETCH if args.workers else None,
                         timeout=args.dist_timeout if args.workers else 0, persistent_workers=args.workers > 0,
                         worker_init_fn=signals.ignore, generator=torch.Generator(),
                         pin_memory=torch.cuda.is_available() and not args.no_accel, multiprocessing_context=fork)
