@@ -394,21 +394,27 @@ def test_no_memory_is_one_line(base, images, tmp_path, monkeypatch):
     assert run.err.startswith('error: rank 0: CUDA out of memory. Tried to allocate 9.00 GiB: take a smaller -b')
 
 
-def test_memory_that_was_freed_is_taken_again():
+def test_memory_that_was_freed_is_taken_again_and_no_child_holds_it():
     """Without new pages, of which a map of 64 MiB has 16,384: after a few times, as it is aligned."""
     program = """if True:
+        import os
         import resource
         import torch
+        from benchmarks.memory import resident
         from utils import setup
         from utils.args import base_parser
         setup.configure(base_parser('').parse_args(['--dummy']), torch.device('cpu'))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        small = resident('VmRSS')
         for _ in range(40):
             torch.ones(2**24)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident('VmRSS')
+        if not os.fork():
+            print(faults, (large - small) >> 20, (resident('VmRSS') - small) >> 20)
     """
     told = subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, capture_output=True).stdout
-    assert int(told) < 20 * 16384
+    faults, kept, held = map(int, told.split())
+    assert faults < 20 * 16384 and kept >= 60 and held < 30
 
 
 @pytest.mark.parametrize('flags, says', [

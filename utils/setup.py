@@ -3,6 +3,7 @@ import ctypes
 import os
 import warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def configure(args, device: torch.device):
         torch.use_deterministic_algorithms(True)
 
 
+@cache
 def keep_memory():
     """What is freed stays with the process: feature maps in new pages at each update cost up to a third of its time."""
     libc = ctypes.CDLL(None)
@@ -41,6 +43,7 @@ def keep_memory():
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         libc.mallopt(m_trim_threshold, -1)
         libc.mallopt(m_mmap_max, 0)
+        os.register_at_fork(before=lambda: libc.malloc_trim(0))  # loader processes would hold what this one overwrites
 
 
 def has_bf16(device: torch.device) -> bool:
