@@ -405,12 +405,12 @@ def test_memory_that_was_freed_is_taken_again_and_no_child_holds_it():
         from utils.args import base_parser
         setup.configure(base_parser('').parse_args(['--dummy']), torch.device('cpu'))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        small = resident('VmRSS')
+        small = resident('RssAnon')
         for _ in range(40):
             torch.ones(2**24)
-        faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident('VmRSS')
+        faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident('RssAnon')
         if not os.fork():
-            print(faults, (large - small) >> 20, (resident('VmRSS') - small) >> 20)
+            print(faults, (large - small) >> 20, (resident('RssAnon') - small) >> 20)
     """
     told = subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, capture_output=True).stdout
     faults, kept, held = map(int, told.split())
