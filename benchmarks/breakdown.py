@@ -24,9 +24,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils.heap import keep_memory
 from utils.optim import make_optimizer
 from utils.run import git_revision
-from utils.setup import keep_memory, precision
+from utils.setup import precision
 
 from .harness import Settings, copy_rate, flop_counter, matmul_rate, timed
 from .mgd_step import our_task, sizes_for, training_step

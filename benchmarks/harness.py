@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.setup import full_float32, has_bf16, keep_memory
+from utils.heap import keep_memory
+from utils.setup import full_float32, has_bf16
 
 CUDA_STEPS, CUDA_MS = 40, 500  # of a variant in a round, whichever is less
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from utils.setup import full_float32, keep_memory
+from utils.heap import keep_memory
+from utils.setup import full_float32
 
 from . import peers
 from .harness import Case, Row, Settings, Variant

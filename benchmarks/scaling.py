@@ -12,7 +12,6 @@ import torch
 from distillers import Distillation
 from utils import distributed
 from utils.args import base_parser
-from utils.setup import keep_memory
 
 from .harness import Case, Limit, Row, Settings, Variant
 from .mgd_step import arguments, ingredients, training_step
@@ -55,7 +54,6 @@ def main(given: str):
 
 def worker(args, device):
     torch.set_num_threads(args.threads)
-    keep_memory()
     student, teacher, method, batch = ingredients(Settings(device, args.threads), **args.sizes)
     mine = slice(distributed.rank(), None, distributed.world())
     batch = batch._replace(**{name: getattr(batch, name)[mine] for name in ('images', 'target', 'index', 'bad')})

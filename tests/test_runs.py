@@ -395,22 +395,30 @@ def test_no_memory_is_one_line(base, images, tmp_path, monkeypatch):
 
 
 def test_memory_that_was_freed_is_taken_again_and_no_child_holds_it():
-    """Without new pages, of which a map of 64 MiB has 16,384: after a few times, as it is aligned."""
+    """Without new pages, of which a map of 64 MiB has 16,384: after a few times, as it is aligned; in any thread."""
     program = """if True:
         import os
         import resource
+        import threading
         import torch
         from benchmarks.memory import resident
-        from utils import setup
+        from utils import distributed
         from utils.args import base_parser
-        setup.configure(base_parser('').parse_args(['--dummy']), torch.device('cpu'))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        small = resident('RssAnon')
-        for _ in range(40):
-            torch.ones(2**24)
-        faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident('RssAnon')
-        if not os.fork():
-            print(faults, (large - small) >> 20, (resident('RssAnon') - small) >> 20)
+
+        def work():
+            before, small = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, resident('RssAnon')
+            for _ in range(40):
+                torch.ones(2**24)
+            faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident('RssAnon')
+            if not os.fork():
+                print(faults, (large - small) >> 20, (resident('RssAnon') - small) >> 20, flush=True)
+                os._exit(0)
+
+        def in_a_thread(args, device):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        distributed.launch(in_a_thread, base_parser('').parse_args(['--dummy', '--no-accel']))
     """
     told = subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, capture_output=True).stdout
     faults, kept, held = map(int, told.split())

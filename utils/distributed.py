@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import signals, together
+from .heap import keep_memory
 
 _nodes = 1
 at_end = ExitStack()  # what has to be closed before a rank ends, however it ends
@@ -102,8 +103,10 @@ def _free_port():
 def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
     global _nodes
     _nodes = nodes
-    signals.listen()
     cuda = torch.cuda.is_available() and not args.no_accel
+    if not cuda:
+        keep_memory()
+    signals.listen()
     if cuda and url is not None and args.gpu is None and local >= torch.cuda.device_count():
         sys.exit(f'error: local rank {local} has no GPU: {torch.cuda.device_count()} are visible '
                  '(start fewer processes, or add --no-accel)')

@@ -1,9 +1,7 @@
 """Switches of the whole process, and a network's way to its device."""
-import ctypes
 import os
 import warnings
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,8 +20,6 @@ def configure(args, device: torch.device):
         distributed.say(f'fast: --channels-last --amp {args.amp}')
     if args.cuda_graph and (device.type != 'cuda' or (args.gpu is None and torch.cuda.device_count() > 1)):
         distributed.stop('--cuda-graph needs a GPU, and only one: name it with --gpu')
-    if device.type == 'cpu':
-        keep_memory()
     torch.backends.cudnn.benchmark = not args.deterministic  # the fastest kernels may be others the next time
     if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
         torch._dynamo.config.recompile_limit = 32
@@ -33,17 +29,6 @@ def configure(args, device: torch.device):
     if args.deterministic:
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
         torch.use_deterministic_algorithms(True)
-
-
-@cache
-def keep_memory():
-    """What is freed stays with the process: feature maps in new pages at each update cost up to a third of its time."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):  # other C libraries have their own ways
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        libc.mallopt(m_trim_threshold, -1)
-        libc.mallopt(m_mmap_max, 0)
-        os.register_at_fork(before=lambda: libc.malloc_trim(0))  # loader processes would hold what this one overwrites
 
 
 def has_bf16(device: torch.device) -> bool:
