@@ -163,7 +163,9 @@ def test_a_peer_is_imported_though_modules_it_wants_are_missing(tmp_path):
     lambda: cifar_data(CPU, images=20, batch=8, samples=300, negatives=7),
 ], ids=['tracking', 'assignment', 'step', 'cifar step', 'cifar data'])
 def test_cases_find_equal_results(small):
-    assert len(measure(small(), CPU, rounds=1)) >= 1
+    made = small()
+    assert len(measure(made, CPU, rounds=1)) >= 1
+    assert {name for name, v in made.variants.items() if v.theirs} == {x for x in made.variants if x[:5] == 'plain'}
 
 
 def test_the_peak_of_memory_sees_what_was_freed():

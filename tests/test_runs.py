@@ -50,6 +50,7 @@ def test_it_learns(base, images, tmp_path):
     run = base(images, '--arch', 'resnet8', '--epochs', 6, '--schedule', 'cosine', '--output', tmp_path)
     first, *later = (record['train']['loss'] for record in run.log())
     assert run.json()['best']['top1'] > 90 and min(later) < first / 2
+    assert not [*tmp_path.glob('events.*')]  # which are for those who ask
 
 
 def test_an_epoch_is_what_a_plain_loop_does(base, images, tmp_path):

@@ -47,9 +47,9 @@ def cut(image, top, left, height, width, flip, size) -> torch.Tensor:
     return image.flip(2) if flip else image
 
 
-def stack(images: list[torch.Tensor], together=default_collate) -> torch.Tensor:
+def stack(images: list[torch.Tensor], join=default_collate) -> torch.Tensor:
     """[3, H, W] each -> [B, 3, H, W], channels_last as cut() leaves them, which copies each in one piece."""
-    return together([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return join([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def shares(length: torch.Tensor, longest: int, size: int) -> torch.Tensor:

@@ -204,9 +204,9 @@ class TrainData:
         return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)
 
 
-def collate(samples: list[Batch], together=default_collate) -> Batch:
+def collate(samples: list[Batch], join=default_collate) -> Batch:
     images, *others = zip(*samples)
-    return Batch(stack(images, together), *map(default_collate, others))
+    return Batch(stack(images, join), *map(default_collate, others))
 
 
 def make_loader(images, order, args):
@@ -215,10 +215,10 @@ def make_loader(images, order, args):
     warnings.filterwarnings('ignore' if args.inspect else 'once', 'This DataLoader will create')
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
-    together = default_collate
+    join = default_collate
     if args.workers and isinstance(order, TrainOrder):  # those on their way, and of each worker its share of an update
-        together = Slots(PREFETCH + -(-order.accum // args.workers))
-    loader = DataLoader(images, batch_sampler=order, collate_fn=partial(collate, together=together),
+        join = Slots(PREFETCH + -(-order.accum // args.workers))
+    loader = DataLoader(images, batch_sampler=order, collate_fn=partial(collate, join=join),
                         num_workers=args.workers, prefetch_factor=PREFETCH if args.workers else None,
                         timeout=args.dist_timeout if args.workers else 0, persistent_workers=args.workers > 0,
                         worker_init_fn=signals.ignore, generator=torch.Generator(),
