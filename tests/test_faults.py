@@ -1,4 +1,5 @@
 """Real processes, ranks, signals and crashes. tests/programs/faulty.py makes them happen at a given update."""
+import math
 import multiprocessing
 import os
 import re
@@ -24,8 +25,9 @@ from conftest import (
 )
 from torch.distributed.run import get_args_parser
 
+import main_base
 from models import create_model
-from utils import data
+from utils import data, engine
 from utils.signals import EXIT_INTERRUPTED
 
 SPAWN2 = ['--multiprocessing-distributed', '--procs-per-node', 2]
@@ -175,6 +177,38 @@ def test_a_broken_loss_on_one_rank_stops_all_before_the_update(images, tmp_path,
 def test_a_broken_loss_has_its_exit_code(images, tmp_path):
     run = launch('process', *short(images, tmp_path), FAULT='1 inf-rank-0', GROUP_NORM=1)
     assert run.code == 3 and 'loss ce is inf in epoch 0, update 1' in run.out and 'Traceback' not in run.out
+
+
+@pytest.mark.parametrize('amp', ['off', 'fp16'])
+def test_a_broken_update_is_left_out_where_that_is_allowed(images, tmp_path, amp):
+    """On all ranks, and after an interruption too; the network has norms, whose statistics are those of rank 0."""
+    flags = ['--max-broken-updates', 1, '--amp', amp]
+    run = launch('torchrun 2', *short(images, tmp_path, *flags), FAULT='7 nan-rank-1')
+    assert run.code == 0 and 'note: loss ce is nan in epoch 1, update 2, samples' in run.out
+    assert [record['broken'] for record in run.log()] == [0, 1]
+    assert all(math.isfinite(record['train']['loss']) for record in run.log())
+    assert all(value.isfinite().all() for value in run.weights().values())
+
+
+def test_broken_updates_are_counted_over_a_resume(images, tmp_path, base, monkeypatch):
+    class Supervised(engine.Supervised):
+        calls, broken = 0, ()
+
+        def forward(self, batch):
+            Supervised.calls += 1
+            logits, losses = super().forward(batch)
+            return logits, {'ce': losses['ce'] * (float('nan') if Supervised.calls in self.broken else 1.0)}
+    monkeypatch.setattr(main_base, 'Supervised', Supervised)
+    args = short(images, tmp_path, '--max-broken-updates', 1, '-j', 0)
+    monkeypatch.setattr(Supervised, 'broken', (2, 5))
+    run = base(*args)
+    assert run.code == 3 and 'note: loss ce is nan in epoch 0, update 2' in run.out
+    assert 'error: loss ce is nan in epoch 0, update 5' in run.err and 'checkpoint' in run.err
+    monkeypatch.setattr(Supervised, 'calls', 4)  # from the checkpoint after update 4 on
+    assert 'error: loss ce is nan in epoch 0, update 5' in base(*args).err  # it knows of the other
+    monkeypatch.setattr(Supervised, 'broken', ())
+    run = base(*args)
+    assert run.code == 0 and [record['broken'] for record in run.log()] == [1, 0]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(images, tmp_path, whole):

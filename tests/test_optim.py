@@ -1,5 +1,9 @@
 """Learning rate, optimizers, and the guard in front of them."""
 import copy
+import io
+import math
+import re
+import sys
 
 import conftest
 import pytest
@@ -8,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import make_batch
 
+from utils import distributed
 from utils.guard import Guard
-from utils.meters import Meter, hits
+from utils.learner import Learner
+from utils.meters import Display, Meter, hits
 from utils.optim import learning_rate, make_ema, make_optimizer, total_epochs
 from utils.run import Run
 
@@ -142,6 +148,37 @@ def test_a_loss_that_is_not_finite_stops_this_and_every_later_update(amp):
     assert guard.one.isnan()
 
 
+@pytest.mark.parametrize('name', ['sgd', 'adamw', 'dot'])
+@pytest.mark.parametrize('amp', ['off', 'fp16'])
+def test_a_run_that_goes_on_is_as_if_the_broken_update_had_not_been(name, amp):
+    """Weights, momentum, and statistics of norms, which have met it in the forward pass."""
+    if name == 'dot' and amp == 'fp16':
+        pytest.skip('refused')
+
+    class Task(nn.Sequential):
+        def forward(self, batch):
+            logits = super().forward(batch.images)
+            return logits, {'ce': logits.square().mean(), 'kd': logits.abs().mean()}
+
+    def trained(*factors):
+        torch.manual_seed(0)
+        task = Task(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+        args = arguments('--optimizer', name, '--lr', '0.1', '--max-broken-updates', '2')
+        scaler = torch.amp.GradScaler('cpu', enabled=amp == 'fp16', init_scale=4.0)
+        learner = Learner(task, make_optimizer(task, args), scaler, torch.device('cpu'), args)
+        for factor in factors:
+            learner.guard.begin()
+            for n in (1, 2):  # the first batch of an update breaks it
+                images = torch.randn(8, 3, generator=torch.Generator().manual_seed(n)) * (factor if n == 1 else 1)
+                learner.learn(make_batch(8)._replace(images=images, weight=0.5))
+            norm = learner.step()
+            assert norm.isfinite() == math.isfinite(factor)
+        return {'weights': task.state_dict(), 'optimizer': learner.optimizer.state_dict()}
+
+    nan, inf = float('nan'), float('inf')
+    torch.testing.assert_close(trained(nan, 1.0, nan, inf, 2.0), trained(1.0, 2.0), rtol=0, atol=0)
+
+
 def test_the_guard_changes_no_bit_of_a_good_step():
     a, b = net(), net()
     for model, wrap in ((a, lambda x: x), (b, Guard(torch.device('cpu')).loss)):
@@ -159,16 +196,22 @@ def test_clipping():
     assert norm > 0.5 and moved.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_the_first_trouble_is_reported():
+def test_troubles_are_reported_from_the_first_on():
     meter, batch, names = Meter({}), make_batch(2), ['top1', 'top5', 'loss', 'loss/ce', 'loss/kd']
     for update, (ce, kd, norm) in enumerate([(1., 1., 1.), (1., float('nan'), float('nan')), (float('inf'), 1., 1.)]):
         values = torch.tensor([1, 2, ce + kd, ce, kd])
         meter.add(batch._replace(index=batch.index + 10 * update), names, values)
         meter.add_norm(torch.tensor(norm))
-    trouble = meter.read(watch_norms=True)
-    assert trouble == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 1, 'samples': [10, 11],
-                       'losses': {'ce': '1.0', 'kd': 'nan'}}
-    assert meter.sums['n'] == 6 and meter.sums['top1'] == 3 and meter.sums['loss/ce'] == float('inf')
+    meter.add(batch._replace(index=batch.index + 30), names, torch.tensor([1, 2, 2., 1., 1.]))
+    meter.add_balance(torch.ones(3))
+    meter.add_norm(torch.tensor(float('inf')))
+    in_fp16, troubles = copy.deepcopy(meter).read(watch_norms=False), meter.read(watch_norms=True)
+    assert troubles[0] == {'what': 'loss kd', 'value': 'nan', 'updates_ago': 2, 'samples': [10, 11],
+                           'losses': {'ce': '1.0', 'kd': 'nan'}}
+    assert [(t['what'], t['updates_ago']) for t in troubles[1:]] == [('loss ce', 1), ('gradient norm', 0)]
+    assert in_fp16 == troubles[:2]
+    # what was left out is not counted
+    assert meter.sums == {'n': 2, 'top1': 1, 'top5': 2, 'loss': 4, 'loss/ce': 2, 'loss/kd': 2, 'time/n': 4}
 
 
 @pytest.mark.parametrize('classes', [3, 5, 12])
@@ -212,3 +255,23 @@ def test_average_of_the_statistics():
         ema.update_parameters(model)
     assert torch.allclose(ema.module.running_mean, first + 0.9 * 0.1 + 0.2)
     assert ema.module.num_batches_tracked == 9 and ema.n_averaged == 3  # a count is nothing to average
+
+
+def test_on_a_terminal_a_message_takes_the_place_of_the_line_that_is_rewritten(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    display = Display('Epoch 0', updates=2, samples_left=8)
+    for update in (1, 2):
+        display.show({'n': 4 * update}, 0.1, update)
+        distributed.say(f'note {update}')
+    screen = ['']
+    for part in re.split(r'(\n|\r|\033\[K)', terminal.getvalue()):
+        if part == '\n':
+            screen.append('')
+        elif part == '\033[K':
+            screen[-1] = ''
+        elif part != '\r' and part:
+            assert not screen[-1], 'written behind what was there'
+            screen[-1] = part
+    assert [line[:13] for line in screen] == ['note 1', 'Epoch 0 [2/2]', 'note 2', '']

@@ -247,7 +247,7 @@ def test_balance_is_of_the_gradients_of_the_whole_update():
     labels, others = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, layer.parameters(), retain_graph=True)])
                       for loss in ((y[:, 0] ** 2).mean(), (y ** 2).mean() + y[:, 1].mean()))
     expected = [labels.norm(), others.norm(), labels @ others / labels.norm() / others.norm()]
-    assert meter.balances[0].tolist() == pytest.approx([v.item() for v in expected], rel=1e-5)
+    assert meter.balances[0][1].tolist() == pytest.approx([v.item() for v in expected], rel=1e-5)
     assert meter.sums['update/n'] == 1 and meter.sums['update/losses'] > 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 'resume', 'evaluate', 'overwrite',
            'output', 'save_every', 'tensorboard', 'gpu', 'world_size', 'rank', 'dist_url', 'dist_backend',
            'dist_timeout', 'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images',
-           'start_epoch', 'data_backend', 'cache_dir', 'inspect'}
+           'max_broken_updates', 'start_epoch', 'data_backend', 'cache_dir', 'inspect'}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -180,6 +180,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--overwrite', action='store_true', help='start anew in an --output that holds another run')
     g.add_argument('--save-every', type=natural, default=0, metavar='UPDATES',
                    help='checkpoints inside an epoch too (0: only after each)')
+    g.add_argument('--max-broken-updates', type=natural, default=0, metavar='N',
+                   help='updates of one epoch to leave out, as a loss or gradient was not finite, before giving up')
     g.add_argument('-e', '--evaluate', action='store_true', help='only score the network')
     g.add_argument('--inspect', action='store_true',
                    help='only look at what would be done, what it costs here, and all that would stop it')

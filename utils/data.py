@@ -177,7 +177,7 @@ class TrainData:
         """How many images of an update were replaced; each is named once."""
         bad = [number for batch in batches if batch.weight for number in batch.bad.tolist() if number >= 0]
         for number in set(bad) - self.reported:
-            print(self.images.complaint(number), file=sys.stderr, flush=True)
+            distributed.write_line(self.images.complaint(number), sys.stderr)
         self.reported.update(bad)
         return len(bad)
 

@@ -120,7 +120,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
             worker(args, device)
     except SystemExit as stop:
         if isinstance(stop.code, str):  # print it here: mp.spawn and torchrun would lose it or bury it
-            print(f'[rank {rank}] {stop.code}' if rank else stop.code, file=sys.stderr, flush=True)
+            write_line(f'[rank {rank}] {stop.code}' if rank else stop.code, sys.stderr)
             stop.code = 1
         if stop.code in (0, None, signals.EXIT_INTERRUPTED) and dist.is_initialized():
             dist.destroy_process_group()
@@ -128,7 +128,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
     except (RuntimeError, ValueError) as error:
         if not (said := in_words(error, rank, args)):
             raise
-        print(f'error: {said}', file=sys.stderr, flush=True)
+        write_line(f'error: {said}', sys.stderr)
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -246,15 +246,20 @@ def gather(value) -> list:
     return values
 
 
+def write_line(text: str, file):
+    """On a terminal, in place of a line that is being rewritten there (meters.Display)."""
+    print('\033[K' * file.isatty() + text, file=file, flush=True)
+
+
 def say(text: str):
     if is_main():
-        print(text, flush=True)
+        write_line(text, sys.stdout)
 
 
 def stop(message: str, code: int = 1):
     """End every rank with an error that all of them know: said once, by rank 0."""
     if is_main():
-        print(f'error: {message}', file=sys.stderr, flush=True)
+        write_line(f'error: {message}', sys.stderr)
     sys.exit(code)
 
 

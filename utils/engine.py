@@ -54,6 +54,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
             values, norm = learner.graph(prepare(batch))
             meter.add(batch, learner.names, values)
         else:
+            learner.guard.begin()
             for number, batch in enumerate(batches, 1):
                 with distributed.accumulating(learner.task, last=number == len(batches)):
                     values = learner.learn(prepare(batch), look)
@@ -73,9 +74,9 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
                              f'{allowed} allows')
         save = stop or (args.save_every and update % args.save_every == 0)
         if save or update % args.print_freq == 0 or end == order.length:
-            trouble = meter.read(watch_norms=not learner.scaler.is_enabled())
+            troubles = meter.read(watch_norms=not learner.scaler.is_enabled())
             meter.clock(time.monotonic() - display.began, display.waited)  # now that the device has done them
-            stop_if_broken(trouble, update, run, data)
+            stop_if_broken(troubles, update, run, data, args)
             display.show(meter.sums, rate, update)
         if save:
             progress['sums'] = meter.everybody()
@@ -86,19 +87,29 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
     progress['sums'] = meter.everybody()
 
 
-def stop_if_broken(trouble: dict | None, update: int, run, data):
-    """End all ranks where one of them met a loss or gradient that isn't finite; no weights have seen it."""
-    if not any(distributed.agree(trouble is not None)):
+def stop_if_broken(troubles: list[dict], update: int, run, data, args):
+    """End all ranks where some of them met more losses or gradients that are not finite than are allowed.
+
+    No weights have seen them.
+    """
+    if not any(distributed.agree(bool(troubles))):
         return
-    troubles = [t for t in distributed.gather(trouble) if t]
-    trouble = next((t for t in troubles if t['what'] != 'gradient norm'), troubles[0])
-    trouble['update'] = update - trouble.pop('updates_ago')
-    trouble['files'] = [data.images.source.name(i) for i in trouble['samples']]
-    run.note('nonfinite.json', {'epoch': run.progress['epoch'], **trouble})
-    some = ', '.join(map(str, trouble['samples'][:8])) + (', ...' if len(trouble['samples']) > 8 else '')
-    distributed.stop(f'{trouble["what"]} is {trouble["value"]} in epoch {run.progress["epoch"]}, update '
-                     f'{trouble["update"]}, samples {some} (all in {run.folder / "nonfinite.json"}); the update was '
-                     'left out, and no checkpoint has seen it', EXIT_BROKEN)
+    broken, progress = {}, run.progress
+    everybody = [trouble for told in distributed.gather(troubles) for trouble in told]
+    for trouble in sorted(everybody, key=lambda t: (-t['updates_ago'], t['what'] == 'gradient norm')):
+        trouble['update'] = update - trouble.pop('updates_ago')
+        broken.setdefault(trouble['update'], trouble)  # a loss of whichever rank, before the norm it spoils on all
+    progress['broken'] = progress.get('broken', 0) + len(broken)
+    stop = progress['broken'] > args.max_broken_updates
+    for trouble in broken.values():
+        trouble['files'] = [data.images.source.name(i) for i in trouble['samples']]
+        run.note('nonfinite.json', {'epoch': progress['epoch'], **trouble})
+        some = ', '.join(map(str, trouble['samples'][:8])) + (', ...' if len(trouble['samples']) > 8 else '')
+        line = (f'{trouble["what"]} is {trouble["value"]} in epoch {progress["epoch"]}, update {trouble["update"]}, '
+                f'samples {some} (all in {run.folder / "nonfinite.json"}); the update was left out')
+        if stop:
+            distributed.stop(f'{line}, and no checkpoint has seen it', EXIT_BROKEN)
+        distributed.say(f'note: {line}')
 
 
 @torch.no_grad()

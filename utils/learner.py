@@ -15,7 +15,7 @@ class Learner:
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, scaler, device: torch.device, args):
         self.task, self.optimizer, self.scaler, self.device, self.args = task, optimizer, scaler, device, args
-        self.guard = Guard(device)
+        self.guard = Guard(device, [*task.buffers()] if args.max_broken_updates else None)
         self.names = []  # of what learn() returns
         self.told = torch.compile(told, mode='default', dynamic=False) if args.compile else told
         self.graph = Recorded(self.whole) if args.cuda_graph else None
@@ -44,6 +44,7 @@ class Learner:
         return self.guard.update(self.optimizer, self.scaler, self.args.clip_grad)
 
     def whole(self, batch) -> tuple[Tensor, Tensor]:
+        self.guard.begin()
         return self.learn(batch), self.step()
 
 

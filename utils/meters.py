@@ -63,7 +63,7 @@ class Meter:
 
     def add_balance(self, balance):
         """Norms of the gradients of labels and distillation, and the cosine between them (on the device)."""
-        self.balances.append(balance)
+        self.balances.append((len(self.norms), balance))
 
     def add_times(self, seconds: dict):
         """Of the parts of one update."""
@@ -74,33 +74,35 @@ class Meter:
         """Since this meter was made, for the updates that were read: of all, and of those the time without data."""
         self.sums |= {'time/seconds': seconds, 'time/wait': waited}
 
-    def read(self, watch_norms: bool) -> dict | None:
-        """Bring everything in from the device; returns the first thing that was not finite, if any."""
-        troubles, losses = [], {}  # of each update the last batch's
-        for row, (update, _, n) in zip(torch.stack(self.rows).tolist(), self.batches):
-            parts = dict(zip(self.names, row))
-            losses[update] = parts
-            self.sums['n'] += n
-            for name, value in parts.items():
-                if n:
+    def read(self, watch_norms: bool) -> list[dict]:
+        """Bring everything in from the device; returns what was not finite, by update, of which nothing is counted."""
+        values, norms = torch.stack(self.rows).tolist(), torch.stack(self.norms).tolist()
+        rows = [(*batch, dict(zip(self.names, row))) for batch, row in zip(self.batches, values)]
+        troubles, losses = {}, {}  # by update; of its last batch
+        for update, _, _, parts in rows:
+            losses[update] = {k[5:]: v for k, v in parts.items() if k.startswith('loss/')}
+            for name, value in losses[update].items():
+                if not math.isfinite(value):
+                    troubles.setdefault(update, (f'loss {name}', value, losses[update]))
+        for update, norm in enumerate(norms):  # spoilt by a loss, if there is a trouble already
+            if watch_norms and not math.isfinite(norm):
+                troubles.setdefault(update, ('gradient norm', norm, losses[update]))
+        for update, _, n, parts in rows:
+            if n and update not in troubles:
+                self.sums['n'] += n
+                for name, value in parts.items():
                     self.sums[name] += value * n if name.startswith('loss') else value
-                if name.startswith('loss/') and not math.isfinite(value):
-                    troubles.append((update, f'loss {name[5:]}', value, parts))
-        norms = torch.stack(self.norms).tolist()
+        for update, balance in self.balances:
+            if update not in troubles:
+                for name, value in zip(('n', 'labels', 'distillation', 'cosine'), (1, *balance.tolist())):
+                    self.sums[f'balance/{name}'] += value
         self.sums['time/n'] += len(norms)
-        troubles += [(u, 'gradient norm', norm, losses[u]) for u, norm in enumerate(norms)
-                     if watch_norms and not math.isfinite(norm)]
-        trouble = None
-        if troubles:
-            first, what, value, parts = min(troubles, key=lambda t: t[0])  # stable: a loss before the norm it spoils
-            samples = [i for update, index, _ in self.batches if update == first for i in index.tolist()]
-            trouble = {'what': what, 'value': str(value), 'updates_ago': len(norms) - 1 - first, 'samples': samples,
-                       'losses': {k[5:]: str(v) for k, v in parts.items() if k.startswith('loss/')}}
-        for balance in torch.stack(self.balances).tolist() if self.balances else []:
-            for name, value in zip(('n', 'labels', 'distillation', 'cosine'), (1, *balance)):
-                self.sums[f'balance/{name}'] += value
+        told = [{'what': what, 'value': str(value), 'updates_ago': len(norms) - 1 - broken,
+                 'samples': [i for update, index, _, _ in rows if update == broken for i in index.tolist()],
+                 'losses': {name: str(loss) for name, loss in parts.items()}}
+                for broken, (what, value, parts) in sorted(troubles.items())]
         self.rows, self.batches, self.norms, self.balances = [], [], [], []
-        return trouble
+        return told
 
     def everybody(self) -> dict:
         """The sums over all ranks and over the whole epoch so far."""
@@ -129,6 +131,6 @@ class Display:
                 f'{self.of}loss {means["loss"]:.4f}  top1 {means["top1"]:.2f}  ETA {left}  lr {rate:.4g}')
         if self.live:  # a line that wraps could not be rewritten
             text = text[:shutil.get_terminal_size().columns - 1]
-            print(f'\r\033[K{text}', end='\n' if done == self.updates else '', flush=True)
+            print(f'\033[K{text}', end='\n' if done == self.updates else '\r', flush=True)
         else:
             print(text, flush=True)

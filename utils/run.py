@@ -201,7 +201,8 @@ class Run:
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
         record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
                   'seconds': round(self.seconds(), 2), 'evaluation': round(seconds, 2),
-                  'news': progress.pop('news', {}), 'unreadable': progress.pop('unreadable', 0)}
+                  'news': progress.pop('news', {}), 'unreadable': progress.pop('unreadable', 0),
+                  'broken': progress.pop('broken', 0)}
         others = {name: value for name, value in scores.items() if name != 'student'}
         record |= others
         last = {'epoch': epoch, **score, **others}
