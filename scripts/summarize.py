@@ -115,7 +115,7 @@ def cell(paper, epoch, epochs, runs):
 
 def network(method, pair):
     """What of a pair a row is about: base and teachers are about one of the networks."""
-    teacher, student = pair.split('-')
+    teacher, _, student = pair.rpartition('-')
     return {'base': ('base', student), 'teachers': ('base', teacher)}.get(method, (method, pair))
 
 
