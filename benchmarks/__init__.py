@@ -9,7 +9,7 @@ from .methods import methods
 from .mgd_flow import flow_assignment, flow_tracking
 from .mgd_step import mgd_overhead, mgd_step
 from .scaling import scaling
-from .throughput import throughput
+from .throughput import throughput, throughput_device
 
 CASES = {
     'mgd-step': mgd_step,
@@ -25,4 +25,5 @@ CASES = {
     'cifar-data': cifar_data,
     'loader': loader,
     'throughput': throughput,
+    'throughput-device': throughput_device,
 }

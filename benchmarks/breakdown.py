@@ -144,6 +144,13 @@ def profiled(task, batch, args, apart: bool, steps: int) -> tuple[dict, dict]:
     return parts, kernels
 
 
+def steady(run, device, steps: int) -> float:
+    """Milliseconds, when all is compiled and chosen: what was profiled is compiled anew, without its marks."""
+    for _ in range(3):
+        run()
+    return timed(run, device, steps)[0]
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', metavar='D', help='cpu or cuda')
@@ -168,13 +175,10 @@ def main(arguments=None):
 
     counts = counted(*our_task(settings, sizes, **how), not args.compile)
     made = our_task(settings, sizes, **how, compile=args.compile)
+    without_mgd = our_task(settings, sizes, **how, compile=args.compile, distil=False)
     torch.backends.cudnn.benchmark = True  # as the scripts have it; to search takes long, so not for what went before
     spent, kernels = profiled(*made, not args.compile, steps)
-    step, _ = timed(training_step(*made), device, steps)
-    bare = training_step(*our_task(settings, sizes, **how, compile=args.compile, distil=False))
-    for _ in range(3):
-        bare()
-    without, _ = timed(bare, device, steps)
+    step, without = (steady(training_step(*task), device, steps) for task in (made, without_mgd))
 
     total, rows = sum(spent[part]['ms'] for part in counts), []
     for part, (ops, moved, flops) in counts.items():

@@ -48,14 +48,15 @@ bench cifar-kd 120
 profile profile-bf16 90 --amp bf16
 bench mgd-step 180
 bench cifar-run 200  # most of it is compiling, and filling the teacher's table
-bench throughput 300  # five runs of the script
+bench throughput 330  # two runs of the script, most of each compiling
+bench throughput-device 450
 bench mgd-overhead 150
 part curves 240 "$python" -m benchmarks.curves --device cuda --jobs 6 --train 200 --output "$work/curves"
 bench memory 120
 profile profile-bf16-compiled 150 --amp bf16 --compile  # most of it is compiling
 profile profile-fp32 90
 bench methods 120
-bench loader 120
+bench loader 180
 bench mv2-features 60
 bench flow-tracking 60
 bench cifar-data 60

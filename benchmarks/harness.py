@@ -119,7 +119,7 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
 
         with full_float32():
             first = one_round()
-        if settings.device.type == 'cuda' and not case.measures:
+        if settings.device.type == 'cuda' and not (case.measures or all(v.clock for v in variants.values())):
             torch.backends.cudnn.benchmark = True  # as the scripts have it
             one_round()
             for name, (ms, _) in one_round().items():
@@ -127,6 +127,7 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
             one_round()  # in it, what is recorded as a graph is recorded
         errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
         kept = [first] if case.measures else [one_round() for _ in range(rounds)]
+    torch.backends.cudnn.benchmark = False  # for a case's limit kernels are not worth a search
     samples = {name: [measured[name][0] for measured in kept] for name in variants}
     return [Outcome(row, variants[row.variant].precision, samples[row.variant], samples[row.baseline], error)
             for row, error in zip(rows, errors)]

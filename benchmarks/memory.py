@@ -67,6 +67,6 @@ def main(given: str):
     torch.set_num_threads(threads)
     settings = Settings(torch.device(device), threads, Path(folder) if folder else None)
     build, _, theirs = builders(settings, sizes)[name]
-    if not theirs:
+    if not theirs and device == 'cpu':
         keep_memory()
     print(json.dumps(growth_of(build(), settings.device)))

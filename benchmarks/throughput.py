@@ -1,18 +1,17 @@
 """Images per second of main_distill.py under MGD, fed from prepared images, and how long of that it waits for data.
 
 The rate is that of the loop over the second epoch, whose kernels are chosen and whose workers run, while it has data;
-the update of the flow and the evaluation are not in it. The images of the first student come from loader processes, as
-those of a data set that no GPU can hold: JPEGs, and in another run raw pixels. The wait for the first batch, which one
-process makes alone, is in the share, so its epoch is long. A GPU holds and crops those of the other students: there
-waiting is the time that the host takes to ask for a batch, while the GPU does what it was asked before. Files are few,
-under many names, and in the system's cache: no disk is measured. While the loop waits, a GPU may still be at work on
-what it was given before, so the share is a bound of what waiting costs.
+the update of the flow and the evaluation are not in it. `throughput` has the images from loader processes, as those of
+a data set that no GPU can hold: JPEGs, and in another run raw pixels. The wait for the first batch, which one process
+makes alone, is in the share, so the epoch is long. In `throughput_device` the device holds and crops them, for other
+students: there waiting is the time that the host takes to ask for a batch, while a GPU does what it was asked before.
+Files are few, under many names, and in the system's cache: no disk is measured. While the loop waits, a GPU may still
+be at work on what it was given before, so the share is a bound of what waiting costs.
 
 On a CPU, networks and workers share the cores. The sizes there only show that it runs, and nothing is judged.
 """
 import json
 import os
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -29,25 +28,33 @@ from .harness import Case, Row, Settings, Variant
 from .loader import ROOT, prepare, write_folder
 from .mgd_step import settle
 
-CUDA = {'teacher': 'resnet50', 'students': ('mobilenet_v1', 'mobilenet_v2_mgd', 'shufflenet_v2', 'resnet18'),
-        'size': 224, 'batch': 256, 'images': 128, 'names': 600, 'fewer': 150, 'flags': ['--fast', '--compile']}
-CPU = {'teacher': 'resnet50', 'students': ('mobilenet_v1',), 'size': 64, 'batch': 8, 'images': 16, 'names': 4,
-       'fewer': 3, 'flags': ['--fast', '--no-accel']}
+CUDA = {'teacher': 'resnet50', 'size': 224, 'batch': 256, 'images': 128, 'flags': ['--fast', '--compile']}
+CPU = {'teacher': 'resnet50', 'size': 64, 'batch': 8, 'images': 16, 'flags': ['--fast', '--no-accel']}
 
 
 def throughput(settings: Settings, **sizes) -> Case:
+    names = 600 if settings.device.type == 'cuda' else 4
+    return fed(settings, **{'kinds': ('jpeg', 'raw'), 'students': ('mobilenet_v1',), 'names': names} | sizes)
+
+
+def throughput_device(settings: Settings, **sizes) -> Case:
+    names, students = (150, ('mobilenet_v2_mgd', 'shufflenet_v2', 'resnet18')) if settings.device.type == 'cuda' else (
+        3, ('shufflenet_v2',))
+    return fed(settings, **{'kinds': ('device',), 'students': students, 'names': names} | sizes)
+
+
+def fed(settings: Settings, **sizes) -> Case:
     on_cuda = settings.device.type == 'cuda'
     of, kept, facts = SimpleNamespace(**(CUDA if on_cuda else CPU) | sizes), TemporaryDirectory(), {}
     root = Path(kept.name)
     write_folder(root / 'images', of.images, of.images, width=500, height=375)
-    folders = {form: prepare(root / 'images', form) for form in ('jpeg', 'raw')}
-    folders['device'] = shutil.copytree(folders['raw'], root / 'fewer')
-    for kind, names in ('jpeg', of.names), ('raw', of.names), ('device', of.fewer):
-        multiply(folders[kind], names)
+    folders = {kind: prepare(root / 'images', 'raw' if kind == 'device' else kind) for kind in of.kinds}
+    for folder in folders.values():
+        multiply(folder, of.names)
     torch.save(settled(of.teacher, of.size).state_dict(), root / 'teacher.pth')
 
-    first, *others = of.students
-    runs = {first: (first, 'jpeg'), f'{first} raw': (first, 'raw')} | {name: (name, 'device') for name in others}
+    runs = {f'{student} raw' if kind == 'raw' else student: (student, kind)
+            for kind in of.kinds for student in of.students}
 
     @cache
     def update(name: str) -> dict:

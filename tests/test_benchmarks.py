@@ -30,7 +30,7 @@ from benchmarks.mgd_step import arguments, mgd_step
 from benchmarks.peers import MDISTILLER, TORCHDISTILL, imported
 from benchmarks.run import command, main
 from benchmarks.table import markdown
-from benchmarks.throughput import throughput
+from benchmarks.throughput import fed
 from distillers import DISTILLERS, Distiller
 from models import create_model
 from utils import distributed
@@ -263,7 +263,7 @@ def test_results_are_compared_in_full_float32(monkeypatch):
     variants = {'a': Variant(lambda: {'result': 1.0}, clock=clock), 'b': Variant(lambda: rounded.append(
         torch.backends.cudnn.allow_tf32) or {'result': 1.0}, clock=clock)}
     measure(Case(variants, [Row('a', 'b', None)]), CPU._replace(device=torch.device('cuda')), rounds=2)
-    assert rounded == [False] + 5 * [True]
+    assert rounded == [False] + 2 * [True]  # where a host's clock counts, kernels are not chosen first
 
 
 @pytest.mark.parametrize('groups, first', [(1, False), (4, False), (1, True)])
@@ -317,16 +317,17 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr('subprocess.run', run)
 
 
-def test_the_real_script_is_fed_and_its_log_read(monkeypatch, in_this_process):
+@pytest.mark.parametrize('kinds', [('jpeg', 'raw'), ('device',)])
+def test_the_real_script_is_fed_and_its_log_read(monkeypatch, in_this_process, kinds):
     monkeypatch.setattr('os.cpu_count', lambda: 1)
-    first, other = 'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0'
-    small = throughput(CPU, teacher='resnet18', students=(first, other), size=32, batch=4, images=4, names=3, fewer=2)
+    name = 'shufflenet_v2_x0_5'
+    small = fed(CPU, kinds=kinds, teacher='resnet18', students=(name,), size=32, batch=4, images=4, names=3)
     for outcome in measure(small, CPU, rounds=1):
         assert outcome.reached and 0 <= outcome.ratios[0] < 1
         seconds = (outcome.baseline[0] - outcome.ours[0]) / 1e3
         assert small.facts[outcome.row.variant]['images/s'] == pytest.approx(4 / seconds, abs=0.5)
     assert {name: fact['from'] for name, fact in small.facts.items()} == {
-        f'{first}, wait': 'jpeg', f'{first} raw, wait': 'raw', f'{other}, wait': 'device'}
+        f'{name} raw, wait' if kind == 'raw' else f'{name}, wait': kind for kind in kinds}
 
 
 def test_a_record_has_the_command_without_where_the_project_lies(monkeypatch):

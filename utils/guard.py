@@ -14,15 +14,15 @@ class Guard:
     def __init__(self, device: torch.device, buffers: list[torch.Tensor] | None = None):
         """`buffers`: those to bring back, if the run is to go on."""
         self.one = torch.ones((), device=device)  # NaN after the first number that isn't finite: 0 times it is NaN
-        self.goes_on, self.buffers = buffers is not None, buffers or []
-        self.before = [buffer.clone() for buffer in self.buffers]
+        self.goes_on = buffers is not None
+        self.groups = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: 0 for b in buffers or []}]
+        self.before = []
 
     def begin(self):
         """Before the first batch of an update."""
         if self.goes_on:
             self.one.fill_(1)
-        if self.buffers:
-            torch._foreach_copy_(self.before, self.buffers)
+            self.before = [joined(group) for group in self.groups]
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
         self.one += 0 * loss.detach()
@@ -41,6 +41,13 @@ class Guard:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.buffers, self.before):
-            buffer.copy_(torch.where(norm.isfinite(), buffer, before))  # the norm is the same on all ranks
+        for group, before in zip(self.groups, self.before):
+            kept = torch.where(norm.isfinite(), joined(group), before)  # the norm is the same on all ranks
+            kept = kept.split([b.numel() for b in group])
+            torch._foreach_copy_(group, [x.view(b.shape) for x, b in zip(kept, group)])
         return norm
+
+
+def joined(buffers: list[torch.Tensor]) -> torch.Tensor:
+    """Many are small: as one they take few kernels."""
+    return torch.cat([b.flatten() for b in buffers])

@@ -49,5 +49,5 @@ class Learner:
 
 
 def told(logits: Tensor, target: Tensor, losses: list[Tensor]) -> Tensor:
-    """What is counted of a batch: as one kernel, if compiled."""
+    """What is counted of a batch: as few kernels, if compiled."""
     return torch.stack([x.float() for x in (*hits(logits, target), *losses)])
