@@ -27,6 +27,7 @@ class Distiller(nn.Module):
     trains_teacher = False  # whether the second network learns, too
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
+    asks_student = True  # whether start_epoch looks at the student, too
     teacher_kept = ''  # what it takes over from the second network before the first epoch, to go by it to the end
     pairing: list[tuple[int, int]] = []  # noqa: RUF012, the student's and the teacher's stages that forward compares
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
@@ -42,7 +43,7 @@ class Distiller(nn.Module):
         """Called before each epoch, counted from 1, and again where a run resumes within one.
 
         pairs() iterates over (s, t), the features of some training images in eval mode and without gradient; each
-        rank sees its share of them.
+        rank sees its share of them. s is None where the method does not ask for it.
         """
 
     def adapt(self, s: Features) -> Features:
@@ -51,6 +52,19 @@ class Distiller(nn.Module):
         It alone sees these features in forward; to the others the student shows its own, with the logits of these.
         """
         return s
+
+
+class WarmingUp(Distiller):
+    """A method whose losses grow to their full weight in the first epochs: forward has them `warm` times."""
+
+    def __init__(self, warmup: int):
+        super().__init__()
+        positive(warmup=warmup)
+        self.warmup = warmup
+        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
+
+    def start_epoch(self, epoch, pairs):
+        self.warm.fill_(min(epoch / self.warmup, 1.0))
 
 
 class Distillation(nn.Module):
@@ -175,7 +189,7 @@ class Distillation(nn.Module):
         for name, distiller in self.distillers.items():
             problem = None
             try:
-                distiller.start_epoch(epoch, lambda: self.pairs(batches()))
+                distiller.start_epoch(epoch, lambda asked=distiller.asks_student: self.pairs(batches(), asked))
             except ValueError as error:  # features to which a method has no answer
                 problem = f'{name}: {error}'
             if any(distributed.agree(signals.caught())):
@@ -187,12 +201,13 @@ class Distillation(nn.Module):
         return {name: distiller.report for name, distiller in self.distillers.items() if distiller.report}
 
     @torch.no_grad()
-    def pairs(self, batches):
+    def pairs(self, batches, ask_student: bool = True):
         with evaluating(self.student), evaluating(self.teacher):
             for batch in batches:
                 if signals.caught():
                     break
-                yield tuple(x.forward(batch.images, features=True) for x in (self.student, self.teacher))
+                yield (self.student.forward(batch.images, features=True) if ask_student else None,
+                       self.teacher.forward(batch.images, features=True))
 
 
 class Adapted(nn.Module):
@@ -226,7 +241,8 @@ def z_scores(logits: torch.Tensor) -> torch.Tensor:
     """Of each sample over its classes; equal logits have none: 0, and no gradient."""
     logits = logits.float()
     deviation = logits.std(1, keepdim=True)
-    return torch.where(deviation > 1e-6, (logits - logits.mean(1, keepdim=True)) / deviation.clamp(min=1e-6), 0.0)
+    scores = (logits - logits.mean(1, keepdim=True)) / deviation.clamp(min=1e-6)
+    return torch.where(deviation <= 1e-6, 0.0, scores)  # so asked, what is not a number stays that
 
 
 def with_logits(x: Features, logits: torch.Tensor) -> Features:

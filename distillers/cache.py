@@ -116,6 +116,9 @@ class TeacherCache:
     def __init__(self, teacher, identity: str, fields: set[str], train, prepare, device, args):
         self.teacher, self.train, self.prepare_images, self.device = teacher, train, prepare, device
         shown, rows = probe(teacher), len(train.images) * VIEWS
+        if more := fields - {'logits', 'pooled'}:
+            sys.exit(f"error: --cache-teacher keeps logits and pooled features, but a method reads the teacher's "
+                     f'{", ".join(more)} as well: leave it out')
         self.tables = {}
         data = train.resident(device).fingerprint() if args.cache_dir else None
         for field in sorted(fields):

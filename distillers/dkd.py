@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Distiller, positive, terms
+from .base import WarmingUp, positive, terms
 
 
-class DKD(Distiller):
+class DKD(WarmingUp):
     """Weigh apart how sure the teacher is of the target, and how it ranks the other classes.
 
         TCKD = T^2 * KL(b_t || b_s),   b = (p[y], 1 - p[y]),         p = softmax(z / T)
@@ -27,14 +27,10 @@ class DKD(Distiller):
     teacher_reads = ('logits',)
 
     def __init__(self, student, teacher, *, alpha=1.0, beta=8.0, temperature=4.0, warmup=20):
-        super().__init__()
-        positive(temperature=temperature, warmup=warmup)
+        super().__init__(warmup)
+        positive(temperature=temperature)
         terms(alpha=alpha, beta=beta)
-        self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
-        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
-
-    def start_epoch(self, epoch, pairs):
-        self.warm.fill_(min(epoch / self.warmup, 1.0))
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, s, t, batch):
         tckd, nckd, _ = decoupled(s.logits, t.logits, batch.target, self.temperature)

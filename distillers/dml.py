@@ -1,8 +1,6 @@
 """Deep Mutual Learning. Zhang et al., CVPR 2018."""
-import torch.nn.functional as F
-from torch import Tensor
-
 from .base import Distiller, positive
+from .parts import kl
 
 
 class DML(Distiller):
@@ -28,10 +26,5 @@ class DML(Distiller):
         self.weight_s, self.weight_t = weight_s, weight_t
 
     def forward(self, s, t, batch):
-        log_p_s, log_p_t = (F.log_softmax(x.logits.float(), dim=1) for x in (s, t))
-        return {'dml_student': self.weight_s * kl(log_p_t.detach(), log_p_s),
-                'dml_teacher': self.weight_t * kl(log_p_s.detach(), log_p_t)}
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
+        return {'dml_student': self.weight_s * kl(t.logits.detach(), s.logits),
+                'dml_teacher': self.weight_t * kl(s.logits.detach(), t.logits)}

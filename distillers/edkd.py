@@ -1,14 +1,12 @@
 """Exponential Dynamic Knowledge Distillation. Code release without a paper, 2024."""
 from typing import Literal
 
-import torch
-
-from .base import Distiller, positive
+from .base import WarmingUp, positive
 from .dkd import decoupled
 from .parts import of_all_ranks
 
 
-class EDKD(Distiller):
+class EDKD(WarmingUp):
     """DKD whose weight of the other classes grows with how clear-cut the teacher is about the target.
 
         L = min(epoch / warmup, 1) * mean_b (TCKD + beta * NCKD),   beta = beta_max * exp(m - 1)
@@ -27,14 +25,10 @@ class EDKD(Distiller):
 
     def __init__(self, student, teacher, *, beta: Literal['sample', 'batch'] = 'sample', beta_max=8.0,
                  confidence: Literal['max', 'target'] = 'max', temperature=4.0, warmup=20):
-        super().__init__()
-        positive(beta_max=beta_max, temperature=temperature, warmup=warmup)
-        self.per_sample, self.beta_max, self.confidence = beta == 'sample', beta_max, confidence
-        self.temperature, self.warmup = temperature, warmup
-        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
-
-    def start_epoch(self, epoch, pairs):
-        self.warm.fill_(min(epoch / self.warmup, 1.0))
+        super().__init__(warmup)
+        positive(beta_max=beta_max, temperature=temperature)
+        self.per_sample, self.confidence = beta == 'sample', confidence
+        self.beta_max, self.temperature = beta_max, temperature
 
     def forward(self, s, t, batch):
         tckd, nckd, p_t = decoupled(s.logits, t.logits, batch.target, self.temperature)

@@ -49,6 +49,10 @@ class ExpKD(Distiller):
         object.__setattr__(self, 'classifier_s', student.classifier)  # not a submodule: it stays the student's
         self.register_buffer('weight_t', teacher.classifier.weight.detach().clone(), persistent=False)
 
+    def know(self, targets):
+        if not self.classifier_s.weight.requires_grad:
+            raise ValueError("it teaches the student's classifier, which simkd puts out of use: leave one of them out")
+
     def forward(self, s, t, batch):
         with torch.autocast(s.head.device.type, enabled=False):  # the differences are small
             cams = self.cam(self.classifier_s.weight, s.head), self.cam(self.weight_t, t.head)

@@ -1,7 +1,6 @@
 """Distilling the Knowledge in a Neural Network. Hinton, Vinyals, Dean, NIPS workshop 2014."""
-import torch.nn.functional as F
-
 from .base import Distiller, positive
+from .parts import kl
 
 
 class KD(Distiller):
@@ -24,6 +23,4 @@ class KD(Distiller):
         self.temperature, self.weight = temperature, weight
 
     def forward(self, s, t, batch):
-        T = self.temperature
-        log_p_s, log_p_t = (F.log_softmax(z.float() / T, dim=1) for z in (s.logits, t.logits))  # [N, K]
-        return {'kd': self.weight * T**2 * F.kl_div(log_p_s, log_p_t, reduction='batchmean', log_target=True)}
+        return {'kd': self.weight * kl(t.logits, s.logits, self.temperature)}

@@ -24,7 +24,7 @@ class KDSVD(Distiller):
 
     Defaults: RepDistiller, CIFAR-100.
 
-    k: number of singular vectors
+    k: number of singular vectors, as far as the smallest map has so many
     form: matrix of a map: channel [H * W, C], for equal channels; width [C * H, W], for maps of equal width
     weight: factor of the loss
     pairing: stages by depth, deepest with deepest, or by equal size

@@ -16,15 +16,13 @@ from .base import Distillation, probe_image
 class LeanTeacher:
     """In place of the teacher while a student trains: norms folded, weights in the precision they are used in.
 
-    Its first features are compared with the teacher's. The teacher itself is what is scored and matched.
+    The teacher itself is what is scored and matched.
     """
 
     def __init__(self, distillation: Distillation, teacher: nn.Module, device: torch.device, args):
         if not distillation.teacher_stands_still:
             raise ValueError('--fold-teacher and --teacher-amp need a teacher whose weights and norms stand still')
-        network = folded(teacher) if args.fold_teacher or args.fast else deepcopy(teacher)
-        if args.fast and not args.fold_teacher:
-            distributed.say('fast: --fold-teacher')
+        network = copied(teacher, args)
         self.device, self.amp = device, args.teacher_amp or args.amp
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -41,6 +39,19 @@ def lean_teacher(distillation: Distillation, teacher: nn.Module, device: torch.d
     if args.fold_teacher or args.teacher_amp or (args.fast and distillation.teacher_stands_still):
         return together.shared(('lean', teacher), lambda: LeanTeacher(distillation, teacher, device, args))
     return None
+
+
+def copied(teacher: nn.Module, args) -> nn.Module:
+    """Folded if asked for; --fast only asks for what can be done."""
+    try:
+        network = folded(teacher) if args.fold_teacher or args.fast else deepcopy(teacher)
+    except ValueError:
+        if args.fold_teacher:
+            raise
+        return deepcopy(teacher)
+    if args.fast and not args.fold_teacher:
+        distributed.say('fast: --fold-teacher')
+    return network
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class MGD(Distiller):
     """
 
     teacher_reads = ('preact',)
+    teacher_kept = 'margins'
 
     def __init__(self, student, teacher, *, reducer: Literal['amp', 'sp', 'rd', 'sm'] = 'amp', update_freq=1,
                  loss_factor=0.0, stage_factors: tuple[float, ...] = (),
@@ -143,8 +144,7 @@ class Stage(nn.Module):
         if not cost.isfinite().all():
             raise ValueError('there is nothing to match: features of the student or the teacher are not finite')
         if not self.tells_margins:
-            below, number = distributed.total(track.negative)
-            self.margins.copy_(below / number.clamp(min=1))
+            self.margins.copy_(measured(track.negative))
 
         g, sc = self.flow.shape
         start = time.perf_counter()
@@ -172,8 +172,7 @@ class Track:
         with torch.autocast(f_s.device.type, enabled=False):
             self.cosines += cosines(f_s.float(), f_t.float())
         if self.negative is not None:
-            self.negative[0] += f_t.float().clamp(max=0).sum((0, 2, 3))
-            self.negative[1] += (f_t < 0).sum((0, 2, 3))
+            self.negative += negative(f_t)
 
 
 @torch.no_grad()
@@ -284,7 +283,7 @@ class PartialL2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s, t):
-        missing = torch.where((s > t) | (t > 0), t, s).sub_(s)
+        missing = torch.where((s <= t) & (t <= 0), s, t).sub_(s)  # so asked, what is not a number is missing
         ctx.save_for_backward(missing)
         return missing.square().sum()
 
@@ -296,8 +295,10 @@ class PartialL2(torch.autograd.Function):
 
 def tells_margins(norm: nn.Module | None) -> bool:
     """Statistics that never moved belong to a norm folded into its convolution: its bias and weight mean nothing."""
-    mean, var = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
-    return mean is not None and bool((mean != 0).any() or ((var - 1).abs() > 1e-4).any())
+    mean, var, weight = (getattr(norm, name, None) for name in ('running_mean', 'running_var', 'weight'))
+    if mean is None or weight is None:
+        return False
+    return bool((mean != 0).any() or ((var - 1).abs() > 1e-4).any())
 
 
 @torch.no_grad()
@@ -307,3 +308,15 @@ def margins_of(norm: nn.Module) -> Tensor:
     z = mu / (sigma * math.sqrt(2))
     mean = mu - sigma * math.sqrt(2 / math.pi) / torch.special.erfcx(z)
     return torch.where(torch.special.erfc(z) / 2 > 1e-3, mean, -3 * sigma).float()
+
+
+def negative(f: Tensor) -> Tensor:
+    """[N, C, H, W] -> the sum and the number of the negative values of each channel, [2, C]."""
+    below = f.float().clamp(max=0)
+    return torch.stack([below.sum((0, 2, 3)), (below < 0).sum((0, 2, 3))])
+
+
+def measured(sums: Tensor) -> Tensor:
+    """Margins of what `negative` gave of all images, on all ranks."""
+    below, number = distributed.total(sums)
+    return below / number.clamp(min=1)

@@ -5,10 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import distributed
-
 from .base import Distiller, positive, probe
-from .mgd import PartialL2, margins_of, tells_margins
+from .mgd import PartialL2, margins_of, measured, negative, tells_margins
 from .parts import Pairing, conv_bn, stage_pairs
 
 
@@ -24,12 +22,13 @@ class OFD(Distiller):
     Defaults: mdistiller, CIFAR-100, but the teacher's norms in eval mode.
 
     weight: factor of the loss
-    teacher_bn: BatchNorms of the teacher: by their statistics, or as published by those of the batch
+    teacher_bn: BatchNorms of the teacher, for all methods: by their statistics, or as published by those of the batch
     pairing: stages by depth, deepest with deepest, or by equal size
     """
 
     teacher_reads = ('preact',)
     teacher_kept = 'margins'
+    asks_student = False
 
     def __init__(self, student, teacher, *, weight=1e-3, teacher_bn: Literal['eval', 'batch'] = 'eval',
                  pairing: Pairing = 'depth'):
@@ -57,11 +56,9 @@ class OFD(Distiller):
                   for stage, (_, j) in zip(self.stages, self.pairing) if not stage.tells_margins]
         for _, t in pairs():
             for _, j, sums in silent:
-                negative = t.preact[j].float().clamp(max=0)
-                sums += torch.stack([negative.sum((0, 2, 3)), (negative < 0).sum((0, 2, 3))])
+                sums += negative(t.preact[j])
         for stage, _, sums in silent:
-            below, number = distributed.total(sums)
-            stage.margins.copy_(below / number.clamp(min=1))
+            stage.margins.copy_(measured(sums))
         self.known.fill_(True)
 
 

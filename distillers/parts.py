@@ -1,4 +1,4 @@
-"""What several methods are made of: pairs of stages, equal sizes, relations over all ranks."""
+"""What several methods are made of: pairs of stages, equal sizes, divergences, relations over all ranks."""
 from typing import Literal
 
 import torch
@@ -104,20 +104,26 @@ def of_all_ranks(rows: Tensor, batch, local: bool) -> Tensor:
     return rows if local else distributed.gather_rows(rows, batch.weight > 0)
 
 
+def kl(z_t: Tensor, z_s: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * mean_b KL(p_t || p_s), p = softmax(z / T)."""
+    log_p_t, log_p_s = (F.log_softmax(z.float() / temperature, dim=1) for z in (z_t, z_s))  # [N, K]
+    return temperature**2 * F.kl_div(log_p_s, log_p_t, reduction='batchmean', log_target=True)
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1 along the last dimension; one of no length has no direction either: 0, and no gradient."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(length > 1e-6, x / length.clamp(min=1e-6), 0.0)
+    return torch.where(length <= 1e-6, 0.0, x / length.clamp(min=1e-6))  # so asked, what is not a number stays that
 
 
 def row_pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of corresponding rows, [R, K] x [R, K] -> [R]; as published, it fades where both hardly vary.
 
-    A constant row of a, the student's, has no direction: 0, and no gradient, which the fading would make 1e8.
+    A row of a, the student's, of no length has no direction: 0, and no gradient, which the fading would make 1e8.
     """
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     length = torch.linalg.vector_norm(a, dim=1)
-    return torch.where(length > 1e-6, (a * b).sum(1) / (length * torch.linalg.vector_norm(b, dim=1) + 1e-8), 0.0)
+    return torch.where(length <= 1e-6, 0.0, (a * b).sum(1) / (length * torch.linalg.vector_norm(b, dim=1) + 1e-8))
 
 
 def relations(y_s: Tensor, y_t: Tensor, batch, local: bool) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Distiller, positive, probe
+from .base import WarmingUp, positive, probe
 from .parts import averaged, conv_bn, stage_pairs
 
 
-class ReviewKD(Distiller):
+class ReviewKD(WarmingUp):
     """Each level of the student, fused with all deeper ones, shall be the teacher's.
 
         r_i = ABF_i(f_s_i, r_(i+1)),   L = weight * min(epoch / warmup, 1) * sum_i HCL(conv_i(r_i), f_t_i)
@@ -27,10 +27,9 @@ class ReviewKD(Distiller):
     teacher_reads = ('pooled', 'preact')
 
     def __init__(self, student, teacher, *, weight=5.0, warmup=20, max_mid=512, student_preact=False):
-        super().__init__()
-        positive(weight=weight, warmup=warmup, max_mid=max_mid)
-        self.weight, self.warmup, self.student_preact = weight, warmup, student_preact
-        self.register_buffer('warm', torch.tensor(1.0), persistent=False)  # not a number: --compile builds each in
+        super().__init__(warmup)
+        positive(weight=weight, max_mid=max_mid)
+        self.weight, self.student_preact = weight, student_preact
 
         self.pairing = stage_pairs(student, teacher)
         c_s, c_t = ([f.shape[1] for f in levels] for levels in self.levels(probe(student), probe(teacher)))
@@ -45,9 +44,6 @@ class ReviewKD(Distiller):
         if s.pooled is not None:
             levels_s, levels_t = ([*f, x.pooled[:, :, None, None]] for f, x in ((levels_s, s), (levels_t, t)))
         return levels_s, levels_t
-
-    def start_epoch(self, epoch, pairs):
-        self.warm.fill_(min(epoch / self.warmup, 1.0))
 
     def forward(self, s, t, batch):
         levels_s, levels_t = self.levels(s, t)

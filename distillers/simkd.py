@@ -4,6 +4,8 @@ import copy
 import torch.nn.functional as F
 from torch import nn
 
+from models import Features
+
 from .base import Distiller, positive, probe
 from .parts import averaged, conv_bn, smaller
 
@@ -43,7 +45,7 @@ class SimKD(Distiller):
         f_s = s.head if size == list(s.head.shape[2:]) else averaged(s.head, size)
         f_s = self.projector(f_s)
         pooled = f_s.mean((2, 3))
-        return s._replace(logits=self.classifier(pooled), pooled=pooled, head=f_s)
+        return Features(self.classifier(pooled), pooled, f_s, s.preact, s.maps)  # torch 2.8 cannot compile _replace
 
     def forward(self, s, t, batch):
         return {'simkd': self.weight * F.mse_loss(*smaller(s.head, t.head))}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Distiller, positive, probe, terms
-from .parts import conv_bn, relations, smaller
+from .parts import conv_bn, kl, relations, smaller
 
 
 class SRD(Distiller):
@@ -24,7 +24,7 @@ class SRD(Distiller):
     local: relations within a rank's share of the batch only, as published, instead of over the global batch
     """
 
-    teacher_reads = ('pooled', 'head')
+    teacher_reads = ('pooled',)
     teacher_kept = 'classifier'
 
     def __init__(self, student, teacher, *, feat: Literal['mean', 'full'] = 'mean',
@@ -35,6 +35,8 @@ class SRD(Distiller):
         terms(feature_weight=feature_weight, logit_weight=logit_weight)
         self.feat, self.logit, self.temperature, self.local = feat, logit, temperature, local
         self.feature_weight, self.logit_weight = feature_weight, logit_weight
+        if feat == 'full':
+            self.teacher_reads = ('pooled', 'head')
         self.regression = Regression(student, teacher)
 
     def forward(self, s, t, batch):
@@ -43,8 +45,7 @@ class SRD(Distiller):
         if self.logit == 'dist':
             logit = sum(relations(z_s, z_t, batch, self.local))
         elif self.logit == 'kl':
-            log_p_s, log_p_t = (F.log_softmax(z / self.temperature, dim=1) for z in (z_s, z_t))
-            logit = self.temperature**2 * F.kl_div(log_p_s, log_p_t, reduction='batchmean', log_target=True)
+            logit = kl(z_t, z_s, self.temperature)
         elif self.logit == 'pmse':
             logit = F.mse_loss(z_s.softmax(1), z_t.softmax(1))
         else:

@@ -30,7 +30,9 @@ class VID(Distiller):
 
     def __init__(self, student, teacher, *, variance=5.0, weight=1.0, pairing: Pairing = 'depth'):
         super().__init__()
-        positive(variance=variance - LEAST, weight=weight)
+        positive(weight=weight)
+        if not LEAST < variance < math.inf:
+            raise ValueError(f'variance is {variance}, but has to be above {LEAST}, and finite')
         self.weight, self.pairing = weight, stage_pairs(student, teacher, pairing)
         channels_s, channels_t = ([x.shape[1] for x in probe(network).maps] for network in (student, teacher))
         self.stages = nn.ModuleList(Stage(channels_s[i], channels_t[j], variance) for i, j in self.pairing)
@@ -49,7 +51,8 @@ class Stage(nn.Module):
             nn.Conv2d(c_s, c_t, 1, bias=False), nn.ReLU(),
             nn.Conv2d(c_t, c_t, 1, bias=False), nn.ReLU(),
             nn.Conv2d(c_t, c_t, 1, bias=False))
-        self.rho = nn.Parameter(torch.full((c_t, 1, 1), math.log(math.expm1(variance - LEAST))))
+        v = variance - LEAST
+        self.rho = nn.Parameter(torch.full((c_t, 1, 1), v + math.log(-math.expm1(-v))))
 
     def forward(self, f_s, f_t):
         v = F.softplus(self.rho) + LEAST

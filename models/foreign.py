@@ -106,7 +106,8 @@ class Foreign(Wrapper):
         refuse_other_outputs(logits, num_classes)
         last = find_classifier(calls, logits)
         self.classifier_path = last.path
-        self.tells_logits = isinstance(last.module, nn.Linear) and torch.equal(last.output, logits)
+        self.tells_logits = isinstance(last.module, nn.Linear) and torch.equal(last.output, logits) and close(
+            F.linear(last.input, last.module.weight, last.module.bias), logits)
         before = [call for call in calls if isinstance(call.module, _DropoutNd) and call.output is last.input]
         self.pooled = (before or [last])[-1].tap(INPUT)
         self.head = find_head(calls, mean(last.input))
@@ -350,12 +351,16 @@ def mean(x: Tensor) -> Tensor:
     return x.mean((2, 3)) if x.ndim == 4 else x
 
 
+def close(x: Tensor, y: Tensor) -> bool:
+    """Up to the order of sums."""
+    return torch.allclose(x, y, rtol=1e-3, atol=1e-5 * y.abs().max().item())
+
+
 def find_head(calls: list[Call], pooled: Tensor) -> Tap | None:
     """The last map whose mean is what is classified, as it was at the end of the pass."""
-    close = {'rtol': 1e-3, 'atol': 1e-5 * pooled.abs().max().item()}
     for call in reversed(calls):
         f = call.output
         if (isinstance(f, Tensor) and f.ndim == 4 and f.shape[1] == pooled.shape[1] and f.shape[2:].numel() > 1
-                and not isinstance(call.module, _DropoutNd) and torch.allclose(f.mean((2, 3)), pooled, **close)):
+                and not isinstance(call.module, _DropoutNd) and close(f.mean((2, 3)), pooled)):
             return call.tap(LEFT)
     return None

@@ -243,6 +243,13 @@ def test_what_cannot_be_cached_is_said(distill, flags, complaint):
     assert run.code == 2 and complaint in run.err.splitlines()[-1] and '--cache-teacher' in run.err.splitlines()[-1]
 
 
+def test_a_cache_is_for_methods_whose_flags_read_no_more(distill, tmp_path):
+    flags = [*KD, '--cache-teacher', 'lazy', '--distiller', 'srd']
+    assert distill(*flags, '--output', tmp_path / 'mean').code == 0
+    run = distill(*flags, '--srd-feat', 'full', '--output', tmp_path / 'full')
+    assert run.code == 1 and "a method reads the teacher's head as well" in run.err
+
+
 @pytest.mark.parametrize('name', [name for name, method in DISTILLERS.items() if method.teacher_reads])
 def test_methods_read_no_more_than_they_tell(name):
     method, (student, teacher) = DISTILLERS[name], zoo.make('same' if name in ('fsp', 'kdsvd') else 'narrower')

@@ -410,6 +410,18 @@ def test_what_cannot_be_taken_in():
         Foreign(torchvision.models.alexnet(num_classes=CLASSES), CLASSES, sizes=(8, 9))
 
 
+def test_a_linear_layer_that_does_otherwise_tells_no_logits():
+    class Cosine(nn.Linear):
+        def forward(self, x):
+            return 5 * F.linear(F.normalize(x), F.normalize(self.weight))
+
+    network = made_up()
+    assert Foreign(network, CLASSES).classifier is network.fc
+    network.fc = Cosine(8, CLASSES)
+    with pytest.raises(ValueError, match='not just what fc, its last linear layer, makes'):
+        Foreign(network, CLASSES).classifier  # noqa: B018
+
+
 def test_names_of_all_kinds(tmp_path, monkeypatch):
     assert type(create_model('torchvision:resnet18', 3)) is torchvision.models.ResNet
     (tmp_path / 'somebodys').mkdir()

@@ -115,6 +115,16 @@ def test_a_student_learns_the_same_from_it():
     assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
 
 
+def test_fast_does_without_what_cannot_be_folded(capsys):
+    student, teacher = make('same')
+    seen, task = settled(Seen()), Distillation(student, teacher, {})
+    seen.image_size = 16
+    lean = LeanTeacher(task, seen, torch.device('cpu'), lean_args(fold_teacher=False, fast=True))
+    assert norms(lean.network) == norms(seen) and 'fold' not in capsys.readouterr().out
+    with pytest.raises(ValueError, match='--fold-teacher'):
+        LeanTeacher(task, seen, torch.device('cpu'), lean_args(fold_teacher=True, fast=True))
+
+
 def test_weights_are_held_in_the_precision_they_are_used_in():
     student, teacher = make('narrower')
     task = Distillation(student, teacher, {})
@@ -156,11 +166,11 @@ def test_from_the_command_line(distill, images, tmp_path):
 
 @pytest.mark.parametrize('methods, left', [({'mgd': MGD}, ['preact']), ({'mgd': MGD, 'at': AT}, ['preact', 'maps']),
                                            ({'mgd': MGD, 'reviewkd': ReviewKD}, ['preact']),
-                                           ({'mgd': MGD, 'dml': DML}, ['preact', 'maps'])])
+                                           ({'at': AT, 'dml': DML}, ['preact', 'maps'])])
 def test_maps_that_no_method_reads_are_let_go(methods, left):
     student, teacher = make('narrower')
     task = Distillation(student, teacher, {name: method(student, teacher) for name, method in methods.items()})
     seen = []
-    task.distillers['mgd'].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    next(iter(task.distillers.values())).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     task(make_batch())
     assert [name for name in ('preact', 'maps') if getattr(seen[0], name)] == left

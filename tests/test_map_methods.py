@@ -135,6 +135,18 @@ def test_vid_is_the_formula(which):
     assert value(method, s, t) == pytest.approx(3 * expected, rel=1e-5)
 
 
+@pytest.mark.parametrize('variance', [2e-5, 0.1, 5.0, 1000.0])
+def test_vid_begins_with_the_variance_it_is_given(variance):
+    rho = VID(*make('same'), variance=variance).stages[0].rho
+    assert (F.softplus(rho) + 1e-5).detach().flatten().tolist() == pytest.approx([variance] * rho.numel(), rel=1e-4)
+
+
+@pytest.mark.parametrize('variance', [0.0, 1e-5, -1.0, math.inf, math.nan])
+def test_vid_refuses_what_is_no_variance(variance):
+    with pytest.raises(ValueError, match=f'^variance is {variance}, but'):
+        VID(*make('same'), variance=variance)
+
+
 def test_vid_trains_its_variances():
     """Published code that keeps them in a plain list leaves them at 5."""
     s, t = shown('same')

@@ -9,6 +9,7 @@ import zoo
 from conftest import assert_same
 
 from distillers import DISTILLERS, Distillation, adapts, describe
+from distillers.base import with_logits, z_scores
 from distillers.flags import hyper_parameters
 from models import Features
 
@@ -147,6 +148,25 @@ def test_extremes_are_finite(name, case):
     assert all(x.grad is None or x.grad.abs().max() < 1e4 for x in leaves)
 
 
+@pytest.mark.parametrize('standardize', [False, True])
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_what_is_not_a_number_is_not_passed_over(name, standardize):
+    """Of either network, a single one: else a broken teacher would teach on, in silence."""
+    def spoilt(x):
+        x = x.clone()
+        x.view(-1)[0] = float('nan')
+        return x
+    task, batch = build(name).eval(), zoo.make_batch()
+    with torch.no_grad():
+        shown = task.student(batch.images, features=True), task.teacher(batch.images, features=True)
+    for which in range(2):
+        s, t = (changed(x, spoilt) if i == which else x for i, x in enumerate(shown))
+        if standardize:
+            s, t = (with_logits(x, z_scores(x.logits)) for x in (s, t))
+        distiller = copy.deepcopy(task.distillers[name])
+        assert any(loss.isnan() for loss in distiller(distiller.adapt(s), t, batch).values()), which
+
+
 @pytest.mark.parametrize('name', DISTILLERS)
 def test_half_precision_features_give_float32_losses(name):
     task, batch = build(name, 'same'), zoo.make_batch()
@@ -165,6 +185,19 @@ def test_half_precision_features_give_float32_losses(name):
     for key, value in values[0].items():
         assert value.dtype == values[1][key].dtype == torch.float32, key
         assert values[1][key].item() == pytest.approx(value.item(), rel=0.05, abs=1e-3), key
+
+
+@pytest.mark.parametrize('name', DISTILLERS)
+def test_a_teacher_in_half_precision_teaches_a_student_in_full(name):
+    task, batch = build(name).eval(), zoo.make_batch()
+    values = []
+    with torch.no_grad():
+        s, t = task.student(batch.images, features=True), task.teacher(batch.images, features=True)
+        for shown in (t, changed(t, torch.Tensor.bfloat16)):
+            torch.manual_seed(3)
+            distiller = copy.deepcopy(task.distillers[name])
+            values.append(sum(distiller(distiller.adapt(s), shown, batch).values()).item())
+    assert values[1] == pytest.approx(values[0], rel=0.05, abs=1e-3)
 
 
 @pytest.mark.parametrize('name', DISTILLERS)
@@ -218,6 +251,23 @@ def test_what_goes_by_the_first_teacher_refuses_one_that_learns(name):
     methods = {'dml': DISTILLERS['dml'](student, teacher), name: DISTILLERS[name](student, teacher)}
     with pytest.raises(ValueError, match=f"{name} goes by the teacher's {DISTILLERS[name].teacher_kept}"):
         Distillation(student, teacher, methods)
+
+
+@pytest.mark.parametrize('names', [('simkd', 'expkd'), ('expkd', 'simkd')])
+def test_a_classifier_out_of_use_is_not_taught(names):
+    student, teacher = zoo.make('same')
+    task = Distillation(student, teacher, {name: DISTILLERS[name](student, teacher) for name in names})
+    with pytest.raises(ValueError, match='which simkd puts out of use'):
+        task.know(torch.arange(40) % zoo.CLASSES)
+
+
+def test_a_method_that_looks_at_the_teacher_alone_costs_no_student():
+    student, teacher = zoo.make('same')
+    asked = {name for name, method in DISTILLERS.items() if not method.asks_student}
+    task = Distillation(student, teacher, {name: DISTILLERS[name](student, teacher) for name in asked})
+    student.forward = lambda *_, **__: pytest.fail('asked')
+    task.start_epoch(1, lambda: [zoo.make_batch()])
+    assert asked == {'ft', 'ofd'} and len(task.distillers['ft'].report) == 30
 
 
 def test_what_copies_weights_of_the_teacher_says_so():

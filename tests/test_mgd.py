@@ -91,7 +91,14 @@ def test_margins_of_rarely_negative_and_of_dead_channels():
     torch.testing.assert_close(margins, torch.tensor([-1.5, 0.0, -1.0, 0.0, -3.0]), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize('norm', [lambda c: nn.GroupNorm(1, c), nn.BatchNorm2d], ids=['no statistics', 'folded'])
+def without_weights(channels):
+    norm = nn.BatchNorm2d(channels, affine=False)
+    norm.running_mean.fill_(0.1)
+    return norm
+
+
+@pytest.mark.parametrize('norm', [lambda c: nn.GroupNorm(1, c), nn.BatchNorm2d, without_weights],
+                         ids=['no statistics', 'folded', 'no weights'])
 def test_margins_that_no_norm_tells_are_measured(norm):
     student, teacher = trained(2, 3), Net(4, 6, norm=norm).eval()
     method = MGD(student, teacher)

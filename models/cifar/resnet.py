@@ -1,7 +1,6 @@
 """Deep Residual Learning for Image Recognition. He et al., CVPR 2016.
 
-`resnet` is the paper's network for CIFAR with 6n + 2 layers in three stages, its shortcuts 1x1 convolutions where the
-shape changes. The `cifar_resnet`s are ImageNet's four stages behind a 3x3 stem without max-pooling.
+The paper's network for CIFAR, 6n + 2 layers in three stages. Shortcuts are 1x1 convolutions where the shape changes.
 """
 from ..imagenet.resnet import BasicBlock, ResNet
 
