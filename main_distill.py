@@ -47,8 +47,9 @@ def main():
                    help="keep the teacher's logits (and pooled features, if needed) of all 162 views of each CIFAR "
                         'image, in float16: as they come up, or all of them before the first epoch')
     g.add_argument('--cache-dir', metavar='DIR', help='keep them in files there, too, which runs share')
-    g.add_argument('--fold-teacher', **on,
-                   help="train under a copy of the teacher with its BatchNorms in its convolutions")
+    g.add_argument('--fold-teacher', **SWITCH,
+                   help='train under a copy of the teacher with its BatchNorms in its convolutions (--fast does, if it '
+                        'is not 0)')
     g.add_argument('--teacher-amp', choices=('off', 'bf16', 'fp16'),
                    help='precision of the teacher that trains the student (default: as --amp)')
     g.add_argument('--teacher-stream', **on,

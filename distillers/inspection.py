@@ -187,7 +187,15 @@ def worker(args, device):
             n, cost = len(batch.target), {'load': load, 'evaluation': seconds['student']}
             if methods:  # before the updates, as in the run
                 cost |= preparation(made, train, prepare, min(args.pair_images, length) / ranks, n, device)
+            reached = set()
+            for p in task.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(reached.add)
             cost |= measure(batch, how, device)
+            if ranks > 1 and (idle := [name for name, p in made.named_parameters()
+                                       if p.requires_grad and p not in reached]):
+                found.problems.append(f'training over several ranks: {len(idle)} parameters are in no loss, such as '
+                                      f'{idle[0]}: freeze them where the network is made, by requires_grad_(False)')
             rows = looks.at_cost(cost, n, order, len(valid.dataset) if real else 0, train.loader, run, args)
             check_disk(run)
         if rows:

@@ -1,4 +1,5 @@
 """A frozen teacher for the training step alone: the same function with less to compute."""
+from contextlib import suppress
 from copy import deepcopy
 
 import torch
@@ -36,22 +37,22 @@ class LeanTeacher:
 
 def lean_teacher(distillation: Distillation, teacher: nn.Module, device: torch.device, args) -> LeanTeacher | None:
     """If flags ask for one; runs of several --seeds share it."""
-    if args.fold_teacher or args.teacher_amp or (args.fast and distillation.teacher_stands_still):
+    fast = args.fast and args.fold_teacher is None and distillation.teacher_stands_still
+    if args.fold_teacher or args.teacher_amp or fast:
         return together.shared(('lean', teacher), lambda: LeanTeacher(distillation, teacher, device, args))
     return None
 
 
 def copied(teacher: nn.Module, args) -> nn.Module:
     """Folded if asked for; --fast only asks for what can be done."""
-    try:
-        network = folded(teacher) if args.fold_teacher or args.fast else deepcopy(teacher)
-    except ValueError:
-        if args.fold_teacher:
-            raise
-        return deepcopy(teacher)
-    if args.fast and not args.fold_teacher:
-        distributed.say('fast: --fold-teacher')
-    return network
+    if args.fold_teacher:
+        return folded(teacher)
+    if args.fast and args.fold_teacher is None:
+        with suppress(ValueError):
+            network = folded(teacher)
+            distributed.say('fast: --fold-teacher')
+            return network
+    return deepcopy(teacher)
 
 
 @torch.no_grad()

@@ -37,8 +37,11 @@ def build(arch, classes, pretrained=False):
         distributed.say(f'note: the pretrained classifier of {arch} has 1000 outputs; one with {classes} starts fresh')
     try:
         return create_model(arch, classes, pretrained)
-    except (ValueError, OSError) as error:  # an unknown name, weights that cannot be downloaded
+    except ValueError as error:
         sys.exit(f'error: {arch}: {error}')
+    except OSError as error:
+        sys.exit(f'error: {arch}: its published weights cannot be downloaded: {error}. A file of them: '
+                 '--student-resume, --teacher-resume')
 
 
 def build_student(args, classes, pretrained=False, shows=False):

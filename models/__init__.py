@@ -94,7 +94,7 @@ def called(module: str, function: str, num_classes: int) -> nn.Module:
         raise ValueError(f'{function} cannot make it: {blame(error)}') from None
     if not isinstance(network, nn.Module):
         raise ValueError(f'{function} returns {type(network).__name__} instead of a torch.nn.Module')
-    return network
+    return drop_auxiliary_heads(network)
 
 
 def find_function(module: str, function: str) -> Callable:
@@ -107,8 +107,10 @@ def find_function(module: str, function: str) -> Callable:
                          'package.module:function, in the current folder or installed') from None
     except Exception as error:  # of the package itself
         raise ValueError(f'cannot import {module}: {blame(error)}') from None
-    if not callable(getattr(package, function, None)):
+    if not hasattr(package, function):
         raise ValueError(unknown(f'function of {package.__file__}', function, dir(package)))
+    if not callable(getattr(package, function)):
+        raise ValueError(f'{function} of {package.__file__} is no function')
     return getattr(package, function)
 
 

@@ -29,6 +29,7 @@ from utils import checkpoint, distributed, signals
 from utils.args import base_parser
 from utils.data import STATISTICS, Batch, CenterView, Images, PlainView, Prepare, load_source, make_loader
 from utils.engine import evaluate
+from utils.folder import FILES
 from utils.order import EvalOrder, spread
 
 SUFFIX = {'safetensors': '.safetensors', 'torch': '.pth', 'onnx': '.onnx', 'pt2': '.pt2'}
@@ -58,9 +59,12 @@ def export(options):
     args = argparse.Namespace(**vars(base_parser('').parse_args([])) | {'distiller': []} | record['arguments'])
     args.amp, args.channels_last, args.no_accel = 'off', False, True
     file = options.output or path.parent / (args.arch.replace(':', '-') + SUFFIX[options.format])
-    if file.resolve() == path.resolve() or not file.parent.is_dir():
-        what = 'it is what is exported' if file.parent.is_dir() else f'{file.parent} is no folder'
-        sys.exit(f'error: cannot write {file}: {what}')
+    if not file.parent.is_dir():
+        sys.exit(f'error: cannot write {file}: {file.parent} is no folder')
+    if file.resolve() == path.resolve():
+        sys.exit(f'error: cannot write {file}: it is what is exported')
+    if file.resolve().parent == path.resolve().parent and any(map(file.match, FILES)):
+        sys.exit(f'error: cannot write {file}: a file of the run has this name')
 
     # network and images
     network = shipped(args, outputs)

@@ -187,7 +187,8 @@ def main():
             except ValueError:  # torn; what it told of is all looked at again
                 there = made
             if not isinstance(there, dict) or {key: there.get(key) for key in made} != made:
-                sys.exit(f'error: {args.target} was made otherwise: remove it, or name another folder')
+                sys.exit(f'error: {args.target} was made otherwise, as its manifest.json tells: remove it, or name '
+                         'another folder')
         elif args.target.exists() and not (args.target.is_dir() and {*os.listdir(args.target)} <= {'manifest.tmp'}):
             sys.exit(f'error: {args.target} holds something else: remove it, or name another folder')
         jobs = {split: jobs_of(args.source / split, args.target / split, raw) for split in splits}

@@ -136,6 +136,12 @@ def test_wrong_networks_and_weights(base, tmp_path, images):
     assert '[1, 6] of an image, instead of logits of 3 classes' in line
 
 
+def test_ranks_are_started_once(base, images, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    run = base(images, '--multiprocessing-distributed')
+    assert run.code == 2 and 'torchrun has started a process for each rank' in run.err.splitlines()[-1]
+
+
 def test_wrong_devices_and_ranks(base, images, tmp_path):
     out = ['--output', tmp_path / 'o']
     assert '--gpu 0 is asked for, but so is --no-accel' in one_line(base(images, '--gpu', 0, *out))

@@ -191,7 +191,8 @@ def test_without_its_data_it_is_checked_on_noise(plain, images, ship, tmp_path):
 @pytest.mark.parametrize('what, says', [
     ('missing', 'does not exist'), ('torn', 'damaged'), ('alone', 'no args.json'), ('other', 'holds no state_dict'),
     ('scalar', 'no classifier'), ('foreign', 'does not fit'), ('itself', 'it is what is exported'),
-    ('nowhere', 'is no folder'), ('classes', 'has 2 classes, the network 3'), ('card', 'Is a directory'),
+    ('log', 'a file of the run has this name'), ('nowhere', 'is no folder'),
+    ('classes', 'has 2 classes, the network 3'), ('card', 'Is a directory'),
     ('unreadable', 'not one image can be read')])
 def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path):
     for name in ('args.json', 'best.pth', 'result.json'):
@@ -208,6 +209,8 @@ def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path)
         args += ['-o', tmp_path / 'no' / 'student.pth']
     elif what == 'itself':
         args += ['-o', best]
+    elif what == 'log':
+        args += ['-o', tmp_path / 'log.jsonl']
     elif what == 'classes':
         for split in ('train', 'valid'):
             shutil.copytree(images / split / 'ant', tmp_path / 'data' / split / 'ant')

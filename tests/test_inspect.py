@@ -223,6 +223,24 @@ def test_part_of_one_rank(base, images, monkeypatch):
     assert base(images, '--inspect').out == ''
 
 
+class Idle(torch.nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
+        self(torch.zeros(1, 3, 32, 32))
+        self.idle = torch.nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self[1](self[0](x))
+
+
+def test_parameters_that_no_rank_may_have(base, images):
+    flags = [images, '-a', 'test_inspect:Idle', '-b', 8, '--inspect', '--image-size', 32]
+    assert base(*flags).code == 0
+    run = base(*flags, '--multiprocessing-distributed', '--procs-per-node', 2)
+    assert run.code == 1 and problems(run)[0].startswith(
+        'training over several ranks: 2 parameters are in no loss, such as student.idle.weight')
+
+
 def test_teacher_at_chance(distill, images, teacher):
     run = distill(images, *PAIR, '--teacher-resume', teacher(3), '--distiller', 'kd', '--inspect')
     assert run.code == 0 and 'top-1 at the level of chance' in run.out

@@ -10,7 +10,7 @@ from zoo import Tiny, make, make_batch
 from distillers import Distillation
 from distillers.at import AT
 from distillers.dml import DML
-from distillers.lean import LeanTeacher, folded
+from distillers.lean import LeanTeacher, folded, lean_teacher
 from distillers.mgd import MGD
 from distillers.ofd import OFD
 from distillers.reviewkd import ReviewKD
@@ -119,10 +119,18 @@ def test_fast_does_without_what_cannot_be_folded(capsys):
     student, teacher = make('same')
     seen, task = settled(Seen()), Distillation(student, teacher, {})
     seen.image_size = 16
-    lean = LeanTeacher(task, seen, torch.device('cpu'), lean_args(fold_teacher=False, fast=True))
+    lean = LeanTeacher(task, seen, torch.device('cpu'), lean_args(fold_teacher=None, fast=True))
     assert norms(lean.network) == norms(seen) and 'fold' not in capsys.readouterr().out
     with pytest.raises(ValueError, match='--fold-teacher'):
         LeanTeacher(task, seen, torch.device('cpu'), lean_args(fold_teacher=True, fast=True))
+
+
+@pytest.mark.parametrize('asked, folds', [(None, True), (True, True), (False, False)])
+def test_fast_folds_where_nothing_else_is_said(asked, folds):
+    student, teacher = make('same')
+    task = Distillation(student, settled(teacher), {})
+    lean = lean_teacher(task, teacher, torch.device('cpu'), lean_args(fold_teacher=asked, fast=True))
+    assert (lean is not None and norms(lean.network) < norms(teacher)) == folds
 
 
 def test_weights_are_held_in_the_precision_they_are_used_in():

@@ -140,6 +140,14 @@ def test_pretrained(monkeypatch, name, source, head):
 
 
 @pytest.mark.filterwarnings('ignore:The default weight initialization:FutureWarning')
+def google(num_classes):
+    return torchvision.models.googlenet(num_classes=num_classes, init_weights=False)
+
+
+def test_auxiliary_heads_go_whoever_makes_the_network():
+    assert create_model('test_models:google', 5).train()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
 def test_pretrained_inception_loses_its_auxiliary_head_only(monkeypatch):
     state = torchvision.models.inception_v3(init_weights=False).state_dict()
     publish(monkeypatch, 'inception_v3', state)

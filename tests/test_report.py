@@ -347,6 +347,10 @@ def test_methods_are_compared_and_what_is_finished_is_left_alone(contrast, tmp_p
     again = contrast(*args)
     assert again.code == 0 and 'kd-7: finished before' in again.out
     assert (tmp_path / 'kd-7' / 'out.txt').stat().st_mtime_ns == before
+    args[args.index('--kd-weight 2')] = '--kd-weight 3'  # what is there is no result of it
+    other = contrast(*args)
+    assert other.code == 1 and '--kd-weight is 3.0 here, 2.0 there' in other.err
+    assert '| alone | resnet8 |' in other.out and '| kd ' not in other.out
 
 
 @pytest.fixture

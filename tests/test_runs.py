@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, assert_close, assert_same, at_call, write_images
+from conftest import ROOT, arguments, assert_close, assert_same, at_call, write_images
 
 import main_base
 from models import create_model
@@ -438,6 +438,41 @@ def test_more_memory_than_there_is_and_a_master_that_is_not(base, images, tmp_pa
 def test_an_error_without_words_keeps_its_traceback():
     for error in (ValueError(), RuntimeError(), ValueError('Connection of layers')):
         assert distributed.in_words(error, 0, None) == ''
+
+
+class InductorError(RuntimeError):
+    """As torch's, which is there where a compiler is."""
+
+
+def test_what_a_killed_compilation_has_left_is_removed(tmp_path):
+    (tmp_path / 'c.main.so').touch()
+    error = InductorError(f'ImportError: {tmp_path}/c.main.so: file too short')
+    assert 'give the command again' in distributed.in_words(error, 0, None) and not list(tmp_path.iterdir())
+    assert distributed.in_words(InductorError('CppCompileError: C++ compile error'), 0, None) == ''
+
+
+@pytest.mark.parametrize('caught, code', [([], None), ([(15, 0.0)], 75)])
+def test_a_signal_that_reaches_compilers_too_is_a_signal(monkeypatch, caught, code, capsys):
+    def worker(args, device):
+        raise InductorError('CppCompileError: C++ compile error')
+    monkeypatch.setattr(distributed.signals, '_caught', caught)
+    with pytest.raises(SystemExit if caught else InductorError) as ended:
+        distributed._run(worker, arguments('--dummy', '--no-accel', '--compile'))
+    assert not caught or (ended.value.code == code and 'the same command goes on' in capsys.readouterr().err)
+
+
+def test_a_checkpoint_that_is_passed_over_is_named(base, images, tmp_path):
+    flags = [images, '--epochs', 1, '--output', tmp_path, '-j', 0]
+    assert base(*flags).code == 0
+    run = base(*flags, '--resume', tmp_path / 'last.pth')
+    assert run.code == 0 and f'note: --resume {tmp_path / "last.pth"} is passed over' in run.err
+
+
+def test_a_run_of_the_other_script_is_said_to_be_one(base, distill, tmp_path):
+    flags = ['--dummy', '--dataset', 'cifar10', '--dummy-images', 8, '--arch', 'resnet8', '--output', tmp_path]
+    assert distill(*flags, '--teacher-arch', 'resnet8', '--distiller', 'kd').code == 0
+    run = base(*flags)
+    assert run.code == 1 and 'holds a run of another script than ' in run.err and 'kd' not in run.err
 
 
 def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The command line: pytorch/examples' and MGD's flags under their own names, then what a training script has today."""
 import argparse
 import math
+import os
 import shlex
 from pathlib import Path
 
@@ -218,6 +219,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--output is DIR, the folder of the images: name another one')
     if args.rank >= max(args.world_size, 1):
         parser.error(f'--rank {args.rank} needs a --world-size above it, the number of nodes')
+    if args.multiprocessing_distributed and 'TORCHELASTIC_RUN_ID' in os.environ:
+        parser.error('torchrun has started a process for each rank: leave --multiprocessing-distributed out')
     if args.procs_per_node and not args.multiprocessing_distributed:
         parser.error('--procs-per-node needs --multiprocessing-distributed')
     if args.nesterov and (args.optimizer != 'sgd' or not args.momentum):

@@ -11,6 +11,7 @@ Ranks exchange small host-side numbers over gloo, so agreeing on something never
 """
 import inspect
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ import time
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -126,6 +128,9 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
             dist.destroy_process_group()
         raise
     except (RuntimeError, ValueError) as error:
+        if args.compile and signals.caught() and of_compiler(error):  # it was sent to the compilers, too
+            write_line('stopped by a signal while it compiled; the same command goes on', sys.stderr)
+            sys.exit(signals.EXIT_INTERRUPTED)
         if not (said := in_words(error, rank, args)):
             raise
         write_line(f'error: {said}', sys.stderr)
@@ -168,11 +173,18 @@ def in_words(error: Exception, rank: int, args) -> str:
                 'them where the network is made, by requires_grad_(False)')
     if 'have a deterministic implementation' in text:
         return f'--deterministic: {text.partition(",")[0]}'
+    if of_compiler(error) and (torn := re.search(r'(/\S+): file too short', str(error))):
+        Path(torn[1]).unlink(missing_ok=True)
+        return f'--compile: {torn[1]} was left in pieces when a run was killed. It is removed: give the command again'
     words = ('gloo', 'Application timeout', 'Connection', 'client socket', 'NCCL')
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
                 f'seconds), was killed, or has told its own error. {text}')
     return ''
+
+
+def of_compiler(error: Exception) -> bool:
+    return type(error).__name__ in ('InductorError', 'BackendCompilerFailed')
 
 
 def restarts() -> int:

@@ -55,6 +55,8 @@ class Run:
         if not self.anew and not (args.evaluate and args.resume != 'auto'):
             saved, origin = checkpoint.newest(path / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
         own = saved is not None  # a run that --resume PATH once started goes on from its own checkpoints
+        if own and args.resume != 'auto':
+            print(f'note: --resume {args.resume} is passed over, as {path} has checkpoints of its own', file=sys.stderr)
         if not own and args.resume != 'auto':
             try:
                 saved, origin = checkpoint.read(Path(args.resume)), Path(args.resume)
@@ -68,8 +70,11 @@ class Run:
             differences = differing(saved['arguments'], args)
             if differences and not args.evaluate:
                 if own:
-                    sys.exit(f'error: {path} holds a run with other arguments: {differences}; choose another '
-                             '--output, or --overwrite to start anew')
+                    script = Path(sys.argv[0]).name
+                    other = f'of another script than {script}' if ('distiller' in saved['arguments']) != hasattr(
+                        args, 'distiller') else f'with other arguments: {differences}'
+                    sys.exit(f'error: {path} holds a run {other}; choose another --output, or --overwrite to start '
+                             'anew')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
             if saved['arguments']['arch'] != args.arch:
                 sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
@@ -245,7 +250,7 @@ class Run:
     def refuse(self, scores: dict | None):
         """End for want of scores: a signal came, or an image cannot be read."""
         if scores:
-            distributed.stop(f'cannot evaluate: {scores["unreadable"]}')
+            distributed.stop(f'cannot evaluate: {scores["unreadable"]}. Mend it, and the same command goes on')
         sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
 
     def report(self, scores: dict | None, file: str = 'evaluate.json'):

@@ -151,7 +151,9 @@ class Cifar:
             if not distributed.is_main():
                 found = official()
         except (OSError, RuntimeError) as error:
-            sys.exit(f'error: no {name} in {root}, and it cannot be downloaded: {error}')
+            there = (Path(root) / CIFAR[name].base_folder).is_dir()
+            sys.exit(f'error: {f"{name} in {root} is damaged" if there else f"no {name} in {root}"}, and it cannot be '
+                     f'downloaded: {error}')
         self.classes, self.pixels, self.targets = found.classes, found.data, found.targets
         self.name = f'{name} {"train" if train else "test"} image {{}}'.format
 
