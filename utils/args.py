@@ -86,7 +86,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--num-classes', type=count, metavar='N', help='outputs of the network (default: as in the data)')
     g.add_argument('--image-size', type=count, metavar='PIXELS', default=None,
                    help='side of the training and evaluation images (default: 224, CIFAR 32)')
-    g.add_argument('--dummy', action='store_true', help='made-up images in place of DIR, to benchmark or to check')
+    g.add_argument('--dummy', action='store_true',
+                   help="made-up images in place of DIR, to benchmark or to check: of 1000 classes, or CIFAR's")
     g.add_argument('--dummy-images', type=count, default=1024, metavar='N',
                    help='training images of --dummy; a quarter as many to evaluate')
     g.add_argument('--data-backend', choices=('auto', 'loader', 'device'), default='auto',

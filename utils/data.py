@@ -6,6 +6,7 @@ process does it, or the device itself.
 """
 import copy
 import hashlib
+import os
 import sys
 import warnings
 from collections import Counter
@@ -211,8 +212,7 @@ def collate(samples: list[Batch], join=default_collate) -> Batch:
 
 def make_loader(images, order, args):
     """Of those for training, the images of a batch are there until the loop has asked for an update's batches more."""
-    # More workers than there are cores, says torch; a look says so in its own words.
-    warnings.filterwarnings('ignore' if args.inspect else 'once', 'This DataLoader will create')
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: on_device() tells, too
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     join = default_collate
@@ -248,7 +248,9 @@ def on_device(args, train, device) -> bool:
     if asked or (args.data_backend == 'auto' and not against):
         distributed.say('data: images on the device, cropped and flipped there')
         return True
-    distributed.say(f'data: images from {args.workers} loader processes per rank' + f' ({against})' * bool(against))
+    cores = os.cpu_count()
+    distributed.say(f'data: images from {args.workers} loader processes per rank'
+                    + f', more than the {cores} cores here' * (args.workers > cores) + f' ({against})' * bool(against))
     return False
 
 
