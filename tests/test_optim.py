@@ -265,13 +265,15 @@ def test_on_a_terminal_a_message_takes_the_place_of_the_line_that_is_rewritten(m
     for update in (1, 2):
         display.show({'n': 4 * update}, 0.1, update)
         distributed.say(f'note {update}')
-    screen = ['']
+    screen, column = [''], 0
     for part in re.split(r'(\n|\r|\033\[K)', terminal.getvalue()):
         if part == '\n':
             screen.append('')
         elif part == '\033[K':
-            screen[-1] = ''
-        elif part != '\r' and part:
-            assert not screen[-1], 'written behind what was there'
-            screen[-1] = part
+            screen[-1] = screen[-1][:column]
+        elif part != '\r':
+            screen[-1] = screen[-1][:column] + part + screen[-1][column + len(part):]
+            column += len(part)
+        if part in ('\n', '\r'):
+            column = 0
     assert [line[:13] for line in screen] == ['note 1', 'Epoch 0 [2/2]', 'note 2', '']
