@@ -218,6 +218,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--dummy takes no DIR')
     if args.data and args.output and Path(args.output).resolve() == Path(args.data).resolve():
         parser.error('--output is DIR, the folder of the images: name another one')
+    if args.gpu is not None and args.no_accel:
+        parser.error(f'--gpu {args.gpu} is asked for, but so is --no-accel')
+    if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
+        parser.error(f'--world-size {args.world_size} needs --rank NODE and --dist-url tcp://HOST:PORT')
     if args.rank >= max(args.world_size, 1):
         parser.error(f'--rank {args.rank} needs a --world-size above it, the number of nodes')
     if args.multiprocessing_distributed and 'TORCHELASTIC_RUN_ID' in os.environ:

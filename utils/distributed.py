@@ -35,9 +35,8 @@ at_end = ExitStack()  # what has to be closed before a rank ends, however it end
 
 def launch(worker, args):
     """Run worker(args, device) in as many processes as the command line and the environment ask for."""
-    if args.gpu is not None and (args.no_accel or args.gpu >= torch.cuda.device_count()):
-        sys.exit(f'error: --gpu {args.gpu} is asked for, but '
-                 + ('so is --no-accel' if args.no_accel else f'{torch.cuda.device_count()} GPUs are visible'))
+    if args.gpu is not None and args.gpu >= torch.cuda.device_count():
+        sys.exit(f'error: --gpu {args.gpu} is asked for, but {torch.cuda.device_count()} GPUs are visible')
     gpus = 0 if args.no_accel else torch.cuda.device_count()
     if args.inspect:  # one process looks at what the ranks would do
         if int(os.environ.get('RANK', args.rank)) <= 0:
@@ -49,8 +48,6 @@ def launch(worker, args):
     elif args.multiprocessing_distributed:
         _spawn(worker, args, args.procs_per_node or max(gpus, 1))
     elif args.world_size > 1:  # as in pytorch/examples: every process is started by hand
-        if args.rank < 0 or not args.dist_url:
-            sys.exit('error: --world-size without --multiprocessing-distributed needs --rank and --dist-url')
         _run(worker, args, args.rank, args.world_size, args.gpu or 0, args.dist_url, nodes=args.world_size)
     else:
         _run(partial(together.train, worker) if args.seeds else worker, args)
@@ -72,8 +69,6 @@ def planned(args) -> tuple[int, int]:
 
 def _spawn(worker, args, per_node):
     nodes, node = max(args.world_size, 1), max(args.rank, 0)
-    if nodes > 1 and (args.rank < 0 or not args.dist_url):
-        sys.exit('error: several nodes need --rank NODE and --dist-url tcp://HOST:PORT')
     url = args.dist_url or f'tcp://127.0.0.1:{_free_port()}'
     context = mp.spawn(_spawned, (worker, args, node, nodes, per_node, url), nprocs=per_node, join=False)
 
