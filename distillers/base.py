@@ -222,9 +222,12 @@ class Adapted(nn.Module):
         return s if features else s.logits
 
 
+OUTPUTS = {'logits', 'pooled'}  # fields of a teacher's features that a TeacherCache keeps
+
+
 def reads_outputs(method: type[Distiller]) -> bool:
-    """Whether it reads no more of a teacher than what a TeacherCache keeps."""
-    return method.teacher_reads is not None and {*method.teacher_reads} <= {'logits', 'pooled'}
+    """Whether it reads no more of a teacher than these."""
+    return method.teacher_reads is not None and {*method.teacher_reads} <= OUTPUTS
 
 
 def adapts(method: type[Distiller]) -> bool:

@@ -29,7 +29,7 @@ from utils.data import Batch
 from utils.resident import VIEWS
 from utils.views import STATISTICS
 
-from .base import probe
+from .base import OUTPUTS, probe
 
 HEADER, DTYPE = 4096, torch.float16
 ROWS_AT_ONCE = 2**13
@@ -116,7 +116,7 @@ class TeacherCache:
     def __init__(self, teacher, identity: str, fields: set[str], train, prepare, device, args):
         self.teacher, self.train, self.prepare_images, self.device = teacher, train, prepare, device
         shown, rows = probe(teacher), len(train.images) * VIEWS
-        if more := fields - {'logits', 'pooled'}:
+        if more := fields - OUTPUTS:
             sys.exit(f"error: --cache-teacher keeps logits and pooled features, but a method reads the teacher's "
                      f'{", ".join(more)} as well: leave it out')
         self.tables = {}

@@ -51,7 +51,7 @@ class ExpKD(Distiller):
 
     def know(self, targets):
         if not self.classifier_s.weight.requires_grad:
-            raise ValueError("it teaches the student's classifier, which simkd puts out of use: leave one of them out")
+            raise ValueError("it teaches the student's classifier, which another method puts out of use: leave one out")
 
     def forward(self, s, t, batch):
         with torch.autocast(s.head.device.type, enabled=False):  # the differences are small

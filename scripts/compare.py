@@ -87,8 +87,8 @@ class Job:
         self.command, self.process, self.state = command(method, seed, self.folder, args, flags), None, 'waits'
         result = read_json(self.folder / 'result.json') or {}
         made = shlex.split(result.get('command', ''))  # by another command: the run itself tells what differs
-        self.of_others = bool(made) and [Path(word).name for word in made[:1]] + made[1:] != self.command
-        if result.get('finished') and not self.of_others:
+        self.by_another_command = bool(made) and [Path(word).name for word in made[:1]] + made[1:] != self.command
+        if result.get('finished') and not self.by_another_command:
             self.state = 'finished before'
 
     def start(self, environment) -> bool:
@@ -201,7 +201,7 @@ def train(jobs, count, gpus) -> int:
 def write_report(jobs):
     # What a folder holds of an earlier command, which this one has not come to be, tells nothing of this one's flags.
     folders = [job.folder for job in jobs if job.folder.is_dir()
-               and not (job.of_others and job.state.startswith(('failed', 'left out')))]
+               and not (job.by_another_command and job.state.startswith(('failed', 'left out')))]
     try:
         ways, teacher = collect(folders, [])
         report.write(ways, teacher, jobs[0].folder.parent / 'report.html')

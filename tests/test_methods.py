@@ -257,7 +257,7 @@ def test_what_goes_by_the_first_teacher_refuses_one_that_learns(name):
 def test_a_classifier_out_of_use_is_not_taught(names):
     student, teacher = zoo.make('same')
     task = Distillation(student, teacher, {name: DISTILLERS[name](student, teacher) for name in names})
-    with pytest.raises(ValueError, match='which simkd puts out of use'):
+    with pytest.raises(ValueError, match='which another method puts out of use'):
         task.know(torch.arange(40) % zoo.CLASSES)
 
 

@@ -212,7 +212,7 @@ def collate(samples: list[Batch], join=default_collate) -> Batch:
 
 def make_loader(images, order, args):
     """Of those for training, the images of a batch are there until the loop has asked for an update's batches more."""
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores: on_device() tells, too
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores, which load_data told
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     join = default_collate
@@ -248,9 +248,9 @@ def on_device(args, train, device) -> bool:
     if asked or (args.data_backend == 'auto' and not against):
         distributed.say('data: images on the device, cropped and flipped there')
         return True
-    cores = os.cpu_count()
+    crowded = args.workers > os.cpu_count() and not args.inspect  # which has a note of its own
     distributed.say(f'data: images from {args.workers} loader processes per rank'
-                    + f', more than the {cores} cores here' * (args.workers > cores) + f' ({against})' * bool(against))
+                    + f', more than the {os.cpu_count()} cores here' * crowded + f' ({against})' * bool(against))
     return False
 
 

@@ -126,7 +126,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         if args.compile and signals.caught() and of_compiler(error):  # it was sent to the compilers, too
             write_line('stopped by a signal while it compiled; the same command goes on', sys.stderr)
             sys.exit(signals.EXIT_INTERRUPTED)
-        if not (said := in_words(error, rank, args)):
+        if not (said := remove_torn(error) or in_words(error, rank, args)):
             raise
         write_line(f'error: {said}', sys.stderr)
         sys.exit(1)
@@ -168,9 +168,6 @@ def in_words(error: Exception, rank: int, args) -> str:
                 'them where the network is made, by requires_grad_(False)')
     if 'have a deterministic implementation' in text:
         return f'--deterministic: {text.partition(",")[0]}'
-    if of_compiler(error) and (torn := re.search(r'(/\S+): file too short', str(error))):
-        Path(torn[1]).unlink(missing_ok=True)
-        return f'--compile: {torn[1]} was left in pieces when a run was killed. It is removed: give the command again'
     words = ('gloo', 'Application timeout', 'Connection', 'client socket', 'NCCL')
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
@@ -179,7 +176,17 @@ def in_words(error: Exception, rank: int, args) -> str:
 
 
 def of_compiler(error: Exception) -> bool:
+    """By name: where nothing is compiled, nobody has to import torch's compiler."""
     return type(error).__name__ in ('InductorError', 'BackendCompilerFailed')
+
+
+def remove_torn(error: Exception) -> str:
+    """Take away the library that a compiler which was killed has left in its cache, if that is it; and say so."""
+    torn = re.search(r'(/\S+): file too short', str(error)) if of_compiler(error) else None
+    if not torn:
+        return ''
+    Path(torn[1]).unlink(missing_ok=True)
+    return f'--compile: {torn[1]} was left in pieces when a run was killed. It is removed: give the command again'
 
 
 def restarts() -> int:
