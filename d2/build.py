@@ -1,14 +1,17 @@
 """Student, teacher and methods from a config. What does not fit is a ValueError, before anything trains."""
+import re
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from distillers import DISTILLERS
+from distillers.flags import hyper_parameters
 
 from . import meta_arch, mobilenet  # noqa: F401, which register what configs name
 from .config import LOGITS, MAPS, PREACT, arguments, check_schedule, teacher_config
@@ -16,7 +19,7 @@ from .views import View, check_boxes, check_maps
 
 
 class Whole(DetectionCheckpointer):
-    """Loads nothing less than all of a network."""
+    """Loads nothing less than all of a network, and no backbone that is deeper. A file may have other heads, too."""
 
     def _log_incompatible_keys(self, incompatible):
         missing = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
@@ -25,6 +28,11 @@ class Whole(DetectionCheckpointer):
                              f'such as {missing[0]}')
         if 'needs_LAST_NORM_GN' in incompatible.unexpected_keys:
             raise ValueError('they are of a student with LAST_NORM GN, and its config here is without')
+        deeper = [key for key in incompatible.unexpected_keys
+                  if key.startswith('backbone.') and not key.endswith('num_batches_tracked')]
+        if deeper:
+            raise ValueError(f'they do not fit its config: {len(deeper)} entries are of another backbone, such as '
+                             f'{deeper[0]}')
         super()._log_incompatible_keys(incompatible)
 
 
@@ -43,6 +51,8 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
 
 def build_student(cfg: CfgNode) -> nn.Module:
     """With its teacher and methods, if the config has any."""
+    if cfg.MODEL.DISTILL.LAST_NORM == 'BN' and comm.get_world_size() > 1:
+        raise ValueError('MODEL.DISTILL.LAST_NORM is BN, whose statistics would differ between processes: take SyncBN')
     student, methods = build_model(cfg), cfg.MODEL.DISTILL.METHODS
     if methods:
         check_schedule(cfg.MODEL.DISTILL.PERIODS, cfg.MODEL.DISTILL.STEPS, cfg.MODEL.DISTILL.ITERS)
@@ -63,7 +73,14 @@ def build_method(name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode
         check_maps(*views, reads_preact=name in PREACT)
     else:
         check_boxes(student, teacher)
-    method = DISTILLERS[name](*views, **arguments(name, cfg))
+    try:
+        method = DISTILLERS[name](*views, **arguments(name, cfg))
+    except ValueError as error:  # it knows its hyper-parameters by their names, or as flags
+        key, (word, _, rest) = f'MODEL.DISTILL.{name.upper()}', str(error).partition(' ')
+        own = word in hyper_parameters(DISTILLERS[name])
+        told = f'{key}.{word.upper()} {rest}' if own else f'{key}: {error}'
+        told = re.sub(rf'--{name}-([a-z-]+)', lambda flag: f'{key}.{flag[1].replace("-", "_").upper()}', told)
+        raise ValueError(told) from None
     if method.batch_statistics:
         raise ValueError(f'{name} would normalise the teacher by the batch, but a detector has frozen norms')
     if not getattr(method, 'per_sample', True):

@@ -45,6 +45,7 @@ def default_config() -> CfgNode:
             method[key.upper()] = parameter.default
         if 'WARMUP' in method:
             method.WARMUP = 1  # epochs are few here
+    distill.FT.PARAPHRASER_EPOCHS = 3  # of ITERS batches
     distill.MGD.LOSS_FACTOR = 1e4  # its own default goes by the size of the images, and here they have many
     return cfg
 

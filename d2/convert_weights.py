@@ -37,6 +37,8 @@ if __name__ == '__main__':
     parser.add_argument('source', help='name of a network of torchvision, or a file')
     parser.add_argument('target', type=Path, help='file to write')
     args = parser.parse_args()
+    if args.target.suffix == '.pkl':
+        parser.error(f'{args.target}: Detectron2 would unpickle it, and this is a file of torch.save: call it .pth')
     if Path(args.source).exists():
         state = torch.load(args.source, map_location='cpu', weights_only=True)
     else:

@@ -1,5 +1,6 @@
 """When the methods prepare for what comes, such as MGD by matching channels anew."""
 import logging
+from functools import cache
 from itertools import islice
 
 from detectron2.engine import HookBase
@@ -15,6 +16,8 @@ class Epochs(HookBase):
     its own share of them.
     """
 
+    every = 100  # batches between two lines
+
     def __init__(self, cfg, student, loader):
         self.schedule, self.iters = (cfg.PERIODS, cfg.STEPS), cfg.ITERS
         self.student, self.loader = student, loader
@@ -29,9 +32,15 @@ class Epochs(HookBase):
             self.start(upcoming)
 
     def start(self, iteration):
-        epoch = epoch_of(iteration, *self.schedule)
-        reports = self.student.start_epoch(epoch, lambda: islice(self.loader(), self.iters))
+        epoch, loader = epoch_of(iteration, *self.schedule), cache(self.loader)  # if somebody asks for it, and once
+        reports = self.student.start_epoch(epoch, lambda: self.told(islice(loader(), self.iters)))
         for name, rows in reports.items():
             for row in rows:
                 logging.getLogger(__name__).info('%s, before iteration %d: %s', name, iteration,
                                                  ', '.join(f'{key} {value}' for key, value in row.items()))
+
+    def told(self, batches):
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            if number % self.every == 0:
+                logging.getLogger(__name__).info('looked at %d of %d batches', number, self.iters)

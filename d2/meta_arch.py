@@ -10,8 +10,9 @@ from torch import nn
 
 from distillers.base import Distiller, evaluating
 
+from .config import PREACT
 from .norms import replace_last_norms
-from .views import box_logits, watching
+from .views import box_logits, show, watching
 
 
 class Distilled:
@@ -44,10 +45,6 @@ class Distilled:
     def teacher(self) -> nn.Module:
         return self.hidden[0]
 
-    @property
-    def all_names(self) -> set[str]:
-        return set().union(*self.names.values())
-
     def is_own(self, key: str) -> bool:
         """Whether an entry of the state is none of the parent's."""
         return key.startswith('kd.') or key in self.private
@@ -60,11 +57,12 @@ class Distilled:
     def forward(self, batched_inputs):
         if not self.training or not self.kd:
             return super().forward(batched_inputs)
-        boxes = not all(self.names.values())
-        with watching(self, self.all_names, boxes) as s:
+        names, boxes = set().union(*self.names.values()), not all(self.names.values())
+        preact = any(name in PREACT for name in self.names)
+        with watching(self, names, boxes, preact) as s:
             losses = super().forward(batched_inputs)
-        with torch.no_grad(), watching(self.teacher, self.all_names) as t:
-            maps = self.teacher.backbone(self.teacher_images(batched_inputs))
+        with torch.no_grad(), watching(self.teacher, names, preact=preact) as t:
+            maps = show(self.teacher, self.teacher_images(batched_inputs), names, boxes)
             if boxes:
                 t.logits = box_logits(self.teacher, maps, s.boxes)
         with torch.autocast(self.device.type, enabled=False):  # sums over maps do not fit half precision
@@ -84,17 +82,19 @@ class Distilled:
     def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]]:
         """Let the methods prepare for an epoch; batches() iterates over what forward gets. Returns their reports."""
         for name, method in self.kd.items():
-            method.start_epoch(epoch, lambda name=name: self.pairs(self.names[name], batches()))
+            method.start_epoch(epoch, lambda name=name, asked=method.asks_student: self.pairs(
+                self.names[name], batches(), asked))
         return {name: method.report for name, method in self.kd.items() if method.report}
 
     @torch.no_grad()
-    def pairs(self, names, batches):
+    def pairs(self, names, batches, ask_student: bool = True):
         with evaluating(self):
             for batch in batches:
                 with watching(self, names) as s, watching(self.teacher, names) as t:
-                    self.backbone(self.preprocess_image(batch).tensor)
-                    self.teacher.backbone(self.teacher_images(batch))
-                yield s.features(names), t.features(names)
+                    show(self.teacher, self.teacher_images(batch), names)
+                    if ask_student:
+                        show(self, self.preprocess_image(batch).tensor, names)
+                yield s.features(names) if ask_student else None, t.features(names)
 
 
 def hide(model: Distilled, state: dict, prefix: str, _metadata):

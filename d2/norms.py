@@ -4,7 +4,6 @@ import logging
 import torch
 from detectron2.layers import get_norm
 from detectron2.modeling import ResNet
-from detectron2.utils import comm
 from torch import nn
 
 from .views import bottom_up_of
@@ -21,8 +20,6 @@ def replace_last_norms(detector: nn.Module, kind: str) -> list[str]:
     bottom_up = bottom_up_of(detector)
     if kind not in KINDS or not isinstance(bottom_up, ResNet):
         raise ValueError(f'MODEL.DISTILL.LAST_NORM is {kind!r}; it can be {", ".join(KINDS)} on a ResNet, or empty')
-    if kind == 'BN' and comm.get_world_size() > 1:
-        raise ValueError('MODEL.DISTILL.LAST_NORM is BN, whose statistics would differ between processes: take SyncBN')
     convs = {conv for stage in bottom_up.stages for conv in stage[-1].children()
              if conv.weight.requires_grad and conv.norm is not None}  # deformable ones have offsets without
     replaced = {f'{name}.norm': module for name, module in detector.named_modules() if module in convs}

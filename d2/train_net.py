@@ -5,29 +5,35 @@
     python d2/train_net.py --eval-only --config-file d2/configs/base_retinanet_R18.yaml MODEL.WEIGHTS S.pth
 """
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from d2.build import build_student, build_teacher, student_of
 from d2.config import default_config, teacher_config
 from d2.hooks import Epochs
+from utils.checkpoint import fingerprint
 
 
 class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         super().__init__(rescaled(cfg, comm.get_world_size()))
         if self.cfg.MODEL.DISTILL.METHODS:
-            self.checkpointer.add_checkpointable('distill', student_of(self.model).kd)
+            student = student_of(self.model)
+            self.checkpointer.add_checkpointable('teacher', Identity(student.teacher))
+            self.checkpointer.add_checkpointable('distill', student.kd)
 
     @classmethod
     def build_model(cls, cfg):
@@ -45,6 +51,21 @@ class Trainer(DefaultTrainer):
         return hooks
 
 
+class Identity:
+    """What ties a run to its teacher: the hash of its weights."""
+
+    def __init__(self, teacher):
+        self.hash = fingerprint(teacher)
+
+    def state_dict(self) -> dict:
+        return {'hash': self.hash}
+
+    def load_state_dict(self, state: dict):
+        if state['hash'] != self.hash:
+            raise ValueError(f'MODEL.TEACHER.WEIGHTS: the run that --resume would go on with had a teacher of other '
+                             f'weights ({state["hash"]}, here {self.hash}): name them, or another OUTPUT_DIR')
+
+
 def rescaled(cfg, world: int):
     """Detectron2's schedule for another number of GPUs than SOLVER.REFERENCE_WORLD_SIZE, and the methods' with it."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -53,6 +74,7 @@ def rescaled(cfg, world: int):
         cfg.defrost()
         for key in ('PERIODS', 'STEPS'):
             cfg.MODEL.DISTILL[key] = tuple(round(n * reference / world) for n in cfg.MODEL.DISTILL[key])
+        cfg.MODEL.DISTILL.ITERS = round(cfg.MODEL.DISTILL.ITERS * reference / world)
         cfg.freeze()
     return cfg
 
@@ -64,15 +86,30 @@ def setup(args):
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name='d2')
-    for name, annotations, images in cfg.DATASETS.COCO_FORMAT:
-        register_coco_instances(name, {}, annotations, images)
+    for data in cfg.DATASETS.COCO_FORMAT:
+        if not isinstance(data, (tuple, list)) or len(data) != 3:
+            raise ValueError(f"DATASETS.COCO_FORMAT has {data!r}: what it lists are ('name', 'file.json', 'images/')")
+        register_coco_instances(data[0], {}, *data[1:])
+    check_data([*cfg.DATASETS.TEST, *(() if args.eval_only or args.eval_teacher else cfg.DATASETS.TRAIN)])
     return cfg
 
 
+def check_data(names):
+    """Refuse at once what an evaluation would miss after the last iteration."""
+    for name in names:
+        if name not in DatasetCatalog:
+            raise ValueError(f'the data set {name!r} is not registered: DATASETS.COCO_FORMAT names those of your own')
+        file = MetadataCatalog.get(name).get('json_file')
+        if file and not PathManager.isfile(file):
+            raise ValueError(f'the data set {name} should be in {file}, which is not there; DATASETS.TRAIN, TEST and '
+                             'COCO_FORMAT, and the variable DETECTRON2_DATASETS, tell where data are')
+
+
 def stop(error: Exception):
-    """In one line, of one process."""
-    if comm.is_main_process():
-        print(f'error: {str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]}', file=sys.stderr)
+    """In one line. Where all processes fail alike, the first tells it, and the launcher ends the others meanwhile."""
+    time.sleep(5 * (comm.get_rank() > 0))
+    print(f'error: {str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]}'
+          + f' (process {comm.get_rank()})' * (comm.get_rank() > 0), file=sys.stderr, flush=True)
     sys.exit(1)
 
 
@@ -93,7 +130,7 @@ def main(args):
     except (ValueError, OSError) as error:
         stop(error)
     except (AssertionError, KeyError) as error:  # of Detectron2, for weights and data that are not there
-        if not any(words in str(error) for words in ('not found', 'not registered')):
+        if not any(words in str(error) for words in ('not found', 'registry')):
             raise
         stop(error)
     if not (args.eval_only or args.eval_teacher):
@@ -110,5 +147,7 @@ if __name__ == '__main__':
     args = parser.parse_args()
     try:
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-    except ProcessExitedException as ended:  # which has said why
+    except ProcessExitedException as ended:  # which has said why, if it could
+        if ended.exit_code < 0:
+            sys.exit(f'error: process {ended.error_index} was killed by signal {-ended.exit_code}: out of memory?')
         sys.exit(ended.exit_code)

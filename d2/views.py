@@ -4,6 +4,7 @@ For detectors of another library, this is the file to write anew: `watching` see
 a forward pass that is made anyway; `box_logits` lets a teacher classify boxes of the student's; a `View` is a detector
 in the shape that the distillers are built on. The methods, and the rest of d2, know no module of a detector by name.
 """
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,6 +19,19 @@ from models import Features
 RESIDUAL = (BasicBlock, BottleneckBlock, DeformBottleneckBlock)  # end in an addition and a ReLU, both in place
 
 
+class Floats(Sequence):
+    """Maps in float32; those that nobody reads are not converted."""
+
+    def __init__(self, maps: list[Tensor | None]):
+        self.maps = maps
+
+    def __len__(self):
+        return len(self.maps)
+
+    def __getitem__(self, i: int) -> Tensor | None:
+        return self.maps[i] if self.maps[i] is None else self.maps[i].float()
+
+
 class Seen:
     """What was seen of a forward pass."""
 
@@ -27,9 +41,8 @@ class Seen:
         self.boxes = self.logits = self.target = None  # that a box head classified: for each image, then for each box
 
     def features(self, names) -> Features:
-        """The named maps in float32, as a distiller takes them; of the image as a whole, nothing."""
-        maps, preact = ([None if found[name] is None else found[name].float() for name in names]
-                        for found in (self.maps, self.preact))
+        """The named maps, as a distiller takes them; of the image as a whole, nothing."""
+        maps, preact = (Floats([found.get(name) for name in names]) for found in (self.maps, self.preact))
         return Features(maps[0].new_empty(len(maps[0]), 0), None, None, preact, maps)
 
     def classification(self) -> Features:
@@ -37,10 +50,11 @@ class Seen:
 
 
 @contextmanager
-def watching(detector: nn.Module, names, boxes: bool = False):
+def watching(detector: nn.Module, names, boxes: bool = False, preact: bool = True):
     """For a while, see the named maps, and the boxes that are classified, whenever `detector` computes them.
 
     names: maps, stages of the bottom-up network (res2 ...) or levels of the pyramid (p2 ..., which end linearly)
+    preact: whether to see residual stages before their last activation, too, which takes memory
     """
     seen, bottom_up = Seen(), bottom_up_of(detector)
     linear = getattr(bottom_up, 'linear', False)
@@ -57,7 +71,7 @@ def watching(detector: nn.Module, names, boxes: bool = False):
     for name in names:
         if block := last_block(bottom_up, name):
             handles.append(bottom_up.get_submodule(name).register_forward_hook(partial(see, name)))
-            handles += before_relu(block, partial(seen.preact.__setitem__, name))
+            handles += before_relu(block, partial(seen.preact.__setitem__, name)) if preact else []
     if boxes:
         def see_boxes(_module, inputs):
             seen.boxes = inputs[1]
@@ -103,6 +117,13 @@ def before_relu(block: nn.Module, keep) -> list:
     return handles if block.shortcut is None else [*handles, block.shortcut.register_forward_hook(project)]
 
 
+def show(detector: nn.Module, images: Tensor, names, boxes: bool = False) -> dict[str, Tensor]:
+    """Compute the named maps, without the pyramid above them where nobody reads that. Returns what was computed."""
+    bottom_up = bottom_up_of(detector)
+    below = all(name in bottom_up.output_shape() or last_block(bottom_up, name) for name in names)
+    return (bottom_up if below and not boxes else detector.backbone)(images)
+
+
 def bottom_up_of(detector: nn.Module) -> nn.Module:
     return getattr(detector.backbone, 'bottom_up', detector.backbone)
 
@@ -136,7 +157,7 @@ class View(nn.Module):
 
     def forward(self, images: Tensor, features: bool = True) -> Features:
         with watching(self.detector, self.names) as seen:
-            self.detector.backbone(images)
+            show(self.detector, images, self.names)
         if missing := [name for name in self.names if name not in seen.maps]:
             raise ValueError(f'{type(self.detector).__name__} has no map {", ".join(missing)}; its pyramid has '
                              f'{", ".join(self.detector.backbone.output_shape())}')

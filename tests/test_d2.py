@@ -436,6 +436,7 @@ def test_schedule_for_other_numbers_of_gpus():
     fewer = train_net.rescaled(cfg, 2)
     assert fewer.SOLVER.MAX_ITER == 360000 and fewer.SOLVER.IMS_PER_BATCH == 4
     assert fewer.MODEL.DISTILL.PERIODS == (20000, 124000) and fewer.MODEL.DISTILL.STEPS == (80000,)
+    assert fewer.MODEL.DISTILL.ITERS == 4000
     again = train_net.rescaled(fewer, 2)
     assert again.MODEL.DISTILL.PERIODS == (20000, 124000)
 
@@ -465,7 +466,7 @@ def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypat
 
     # the checkpoint, in a plain detector
     file = torch.load(tmp_path / 'run' / 'model_final.pth', weights_only=True)
-    assert set(file) == {'model', 'distill', 'trainer', 'iteration'}
+    assert set(file) == {'model', 'distill', 'teacher', 'trainer', 'iteration'}
     plain = build_model(config('base_retinanet_R18')).eval()
     assert set(file['model']) == set(plain.state_dict())
     missing, unexpected = plain.load_state_dict(file['model'], strict=True)
@@ -492,6 +493,13 @@ def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypat
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     for key, values in kept[2].items():
         assert torch.equal(values['momentum_buffer'], state[2][key]['momentum_buffer'])
+
+    # but not under another teacher
+    other = torch.load(teachers['base_retinanet_R50'], weights_only=True)
+    other['model']['backbone.bottom_up.res5.2.conv3.weight'][0] += 1
+    torch.save(other, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='had a teacher of other weights'):
+        trainer_for({'base_retinanet_R50': str(tmp_path / 'other.pth')}, tmp_path / 'run', resume=True)
 
 
 def test_group_norm_marks_its_checkpoint(caplog):
@@ -578,6 +586,15 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.TEACHER.WEIGHTS', 'TMP/text'], 'no weights'),
     ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'TMP/nowhere.pth'], 'nowhere.pth not found'),
     ('mgd_retinanet_R18_R50', ['DATASETS.TRAIN', ('unheard_of',)], "'unheard_of' is not registered"),
+    ('mgd_retinanet_R18_R50', ['DATASETS.TEST', ('unheard_of',)], "'unheard_of' is not registered"),
+    ('mgd_retinanet_R18_R50', ['DATASETS.TEST', ('coco_2017_val',)], 'should be in'),
+    ('mgd_retinanet_R18_R50', ['DATASETS.COCO_FORMAT', ('mine', 'a.json', 'img/')], "DATASETS.COCO_FORMAT has 'mine'"),
+    ('mgd_retinanet_R18_R50', ['MODEL.META_ARCHITECTURE', 'RetinaNot'], "found in 'META_ARCH' registry"),
+    ('mgd_retinanet_R18_R50', ['MODEL.TEACHER.WEIGHTS', 'TMP/deeper'], 'are of another backbone, such as backbone.bo'),
+    ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('at',), 'MODEL.DISTILL.AT.WEIGHT', 0.0],
+     'MODEL.DISTILL.AT.WEIGHT is 0.0, but has'),
+    ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('fsp',), 'MODEL.DISTILL.FSP.FEATURES', ('p3',)],
+     'try MODEL.DISTILL.FSP.PAIRING depth'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.ITERS', 0], 'ITERS is 0'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('at',), 'MODEL.DISTILL.AT.FEATURES', ()], 'FEATURES is empty'),
 ])
@@ -591,6 +608,10 @@ def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsy
              'MODEL.TEACHER.WEIGHTS', teachers[teacher], 'OUTPUT_DIR', tmp_path, *options]
     if complaint == 'no weights':
         (tmp_path / 'text').write_text('of no use')
+    if 'another backbone' in complaint:
+        weights = torch.load(teachers[teacher], weights_only=True)
+        weights['model']['backbone.bottom_up.res4.6.conv1.weight'] = torch.zeros(1)
+        torch.save(weights, tmp_path / 'deeper')
     with pytest.raises(SystemExit) as end:
         train_net.main(arguments(name, *given))
     error, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
@@ -611,6 +632,54 @@ def test_a_finished_run_prepares_for_nothing():
     for hook.trainer in (SimpleNamespace(start_iter=5000, max_iter=n) for n in (5000, 5001)):
         hook.before_train()
     assert begun == [2]
+
+
+@pytest.mark.parametrize('name, pass_of_student', [('mgd', True), ('ft', False)])
+def test_what_a_method_looks_at_before_an_epoch(teachers, caplog, name, pass_of_student):
+    """By one loader, however often; by the student if it is asked; and without pyramids."""
+    model = distilled(teachers, options=['MODEL.DISTILL.METHODS', (name,), 'MODEL.DISTILL.ITERS', 3])
+    loaders, seen = [], []
+    for who, network in (('student', model), ('teacher', model.teacher)):
+        network.backbone.bottom_up.register_forward_hook(lambda *_, who=who: seen.append(who))
+        network.backbone.fpn_output3.register_forward_hook(lambda *_: pytest.fail('nobody reads pyramids'))
+    cfg = config('mgd_retinanet_R18_R50', 'MODEL.DISTILL.ITERS', 3).MODEL.DISTILL
+    hook = Epochs(cfg, model, lambda: loaders.append(1) or [inputs()] * 5)
+    hook.trainer, hook.every = SimpleNamespace(start_iter=0, max_iter=9), 2
+    logging.getLogger('d2').propagate = True
+    with caplog.at_level(logging.INFO):
+        hook.before_train()
+    passes = 3 * (1 if pass_of_student else 3)  # FT trains its paraphraser three times on them
+    assert len(loaders) == 1 and seen.count('teacher') == passes and seen.count('student') == passes * pass_of_student
+    assert 'looked at 2 of 3 batches' in caplog.text
+
+
+def test_no_more_is_computed_than_is_read(teachers):
+    model = distilled(teachers)
+    for network, forbidden in ((model.teacher, True), (model, False)):
+        ran = []
+        network.backbone.fpn_output3.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        losses_of(model, inputs())
+        assert bool(ran) != forbidden
+    with watching(model, STAGES, preact=False) as seen, torch.autocast('cpu', dtype=torch.bfloat16):
+        model.backbone(images())
+    assert not any(seen.preact.values()) and all(x.dtype == torch.bfloat16 for x in seen.maps.values())
+    shown = seen.features(STAGES)
+    assert [x.dtype for x in shown.maps] == [torch.float32] * 4 and [*shown.preact] == [None] * 4
+
+
+def test_a_rank_that_fails_alone_says_so(capfd):
+    from utils.distributed import _free_port
+    with pytest.raises(mp.ProcessExitedException):
+        mp.spawn(fails, (_free_port(),), nprocs=2)
+    assert 'error: no such disk (process 1)' in capfd.readouterr().err
+
+
+def fails(rank, port):
+    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    if rank:
+        train_net.stop(OSError('no such disk'))
+    torch.distributed.barrier()
 
 
 def test_offsets_of_deformable_convolutions_get_no_norm():
@@ -654,7 +723,7 @@ def test_strides_and_unknown_backbones_are_refused(teachers):
                'MODEL.ANCHOR_GENERATOR.SIZES', [[32.0]], 'MODEL.DISTILL.LAST_NORM', '']
     student = build_model(config('mgd_retinanet_R18_R50', *options))
     view = View(student, ('res2',))
-    assert probe(view).preact == [None] and probe(view).maps[0].shape[1] == 8
+    assert [*probe(view).preact] == [None] and probe(view).maps[0].shape[1] == 8
     teacher = View(build_teacher(config('mgd_retinanet_R18_R50', 'MODEL.TEACHER.WEIGHTS',
                                         teachers['base_retinanet_R50'])), ('res2',))
     with pytest.raises(ValueError, match='its backbone is Strange'):
