@@ -14,7 +14,8 @@
 # base-NETWORK-SEED; called again, what is finished is passed over and what was interrupted goes on. All students of a
 # teacher have the same one, base-TEACHER-0, at its last epoch. FLAGS of main_distill.py win over the recipe.
 #
-#     METHOD       base, no teacher; teachers, those of the pairs; any --distiller alone, by its defaults; and
+#     METHOD       base, no teacher; teachers, those of the pairs; any --distiller alone, by its defaults (ab and fsp
+#                  for 30 epochs, then the labels: FLAGS are those of main_base.py); and
 #     kd_dot       KD with the optimizer DOT
 #     kd_lskd      KD of standardized logits. The CE weight beside it is open: 1 here, --ce-weight 0.1 in the last code
 #     dkd_lskd     DKD of them: weight times alpha and beta, and LSKD's T, as the code has it since May 2024
@@ -22,7 +23,9 @@
 #
 # A pair has values of its own where they are published; where a method has such values but not for this pair, a note
 # says so and the default is taken. Exp-KD's are those of its configurations, which no published code ever used. MRKD's
-# launcher multiplied batch and rate by the number of GPUs, here they are those of one. ReviewKD's last two are users'.
+# launcher multiplied batch and rate by the number of GPUs, here they are those of one; its weights are those of MRKD.py,
+# the compiled code that its configurations name has --mrkd-pearson 32 --mrkd-kendall 16 --mrkd-top 0.5. ReviewKD's last
+# two are users'.
 set -euo pipefail
 
 usage() { echo "usage: DATA=CIFAR_ROOT|--dummy $(basename "$0") $words [FLAGS of main_distill.py]" >&2; exit 2; }
@@ -143,7 +146,9 @@ distillation() {  # for $pair by $method
         srdwithdist)
             recipe+=(--distiller srdwithdist)
             case $pair in
-                wrn_40_4-wrn_16_4 | wrn_40_2-wrn_40_1) recipe+=(--srdwithdist-inter 10 --srdwithdist-intra 10) ;;
+                wrn_40_4-wrn_16_4 | wrn_40_2-wrn_40_1 | resnet20-resnet14 | resnet32-resnet14 | resnet56-resnet14 \
+                    | resnet110-resnet14 | resnet110-resnet32)  # the last five: its study of capacity
+                    recipe+=(--srdwithdist-inter 10 --srdwithdist-intra 10) ;;
                 wrn_40_4-wrn_16_2) recipe+=(--srdwithdist-inter 4 --srdwithdist-intra 4) ;;
                 *) unpublished B ;;
             esac ;;
@@ -160,9 +165,9 @@ run() {  # SCRIPT NAME FLAGS
     shift 2
     [[ $seed != *,* ]] || { output=${output%"-$seed"} whose=(--seeds ${seed//,/ }); }
     python "$(dirname "$0")/../$script" "$DATA" "${recipe[@]}" --output "$output" "${whose[@]}" "$@" || status=$?
-    ((status <= 1)) || exit "$status"  # interrupted, or wrong in a way that will be wrong for all
-    if ((status)); then  # one line has said why: a pair that the method cannot work with, a missing file
-        failed=1
+    ((status <= 1 || status == 3)) || exit "$status"  # interrupted, or wrong in a way that will be wrong for all
+    if ((status)); then  # one line has said why: a pair that the method cannot work with, a missing file, a loss of NaN
+        failed=$status
         [[ -z $teacher || -e $teacher ]] || echo "note: its teacher is trained by: $(basename "$0") teachers $pair 0" >&2
     fi
     return "$status"
@@ -191,6 +196,8 @@ for pair in $pairs; do
                 case $method in
                     ab | fsp)  # 30 epochs of nothing else, then the labels
                         [[ $seed != *,* ]] || { echo "$method: one seed at a time, as it trains twice" >&2; exit 2; }
+                        [[ " $*" != *" --$method-"* ]] ||
+                            { echo "$method: FLAGS go to main_base.py, too, which has no --$method-..." >&2; exit 2; }
                         recipe+=(--ce-weight 0 --epochs 30)
                         run main_distill.py "$name/first" "$@" || continue
                         recipe=("${plain[@]}" --student-resume "$folder/$name/first/last.pth")

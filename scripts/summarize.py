@@ -30,6 +30,7 @@ COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_d
           'sync_bn')
 # those of them that methods of a table with own_recipes set for themselves
 OWN = ('epochs', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'nesterov', 'no_bias_decay')
+APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
 Runs of another length than the paper's tell it instead. A dash was not run, or not published.
@@ -75,13 +76,17 @@ def check(runs, tables):
         for run in cell[1:]:
             one, other = (protocol(r) for r in (cell[0], run))
             agree(cell[0], run, [key for key in one.keys() & other.keys() if one[key] != other[key]])
-        if len({run['seed'] for run in cell}) < len(cell):
-            refuse(f'{cell[0]["method"]}-{cell[0]["pair"]}: two runs have the same seed')
+        for same in groups(cell, 'seed').values():
+            if len(same) > 1:
+                refuse(f'{same[0]["path"]} and {same[1]["path"]} have the same seed: {APART}')
     own = {table['runs'] for table in tables if table.get('own_recipes')}
     for (name, _), (first, *others) in groups(runs, 'table', 'arch').items():
         common = [key for key in COMMON if name not in own or key not in OWN]
         for run in others:
             agree(first, run, [key for key in common if first['arguments'].get(key) != run['arguments'].get(key)])
+    for first, *others in groups([run for run in runs if 'images' in run], 'table').values():
+        for run in others:
+            agree(first, run, ['images'] * (first['images'] != run['images']))
     taught = [run for run in runs if run.get('teacher') and 'teacher' not in run['last']]  # else it has learned, too
     for first, *others in groups(taught, 'table', 'teacher_arch').values():
         for run in others:
@@ -91,12 +96,13 @@ def check(runs, tables):
 def protocol(run):
     """What runs of one cell have in common. Paths inside the run's own folder differ by the seed only."""
     arguments = {k: str(v).replace(run['arguments']['output'], '') for k, v in run['arguments'].items()}
-    return {k: v for k, v in arguments.items() if k not in FREE} | {'world_size': run['world_size']}
+    began = {'start_epoch': arguments.get('start_epoch'), 'student_resume': 'start' in run}
+    return {k: v for k, v in arguments.items() if k not in FREE} | {'world_size': run['world_size']} | began
 
 
 def agree(one, other, differing):
     if differing:
-        refuse(f'{one["path"]} and {other["path"]} differ in {", ".join(sorted(differing))}')
+        refuse(f'{one["path"]} and {other["path"]} differ in {", ".join(sorted(differing))}: {APART}')
 
 
 def cell(paper, epoch, epochs, runs):
