@@ -25,7 +25,7 @@ class CRD(Distiller):
     The memories hold an embedding of each of the N training samples: 51 MB for CIFAR, 1.3 GB for ImageNet. Products
     are taken with all of them, and those of the drawn are picked. That needs 130 MB for 64 samples of CIFAR, where to
     pick first would need 1 GB, and 3 GB for 256 of ImageNet. The embedding of mixed images
-    (--mixup, --cutmix) counts as that of the first.
+    (--mixup, --cutmix) counts as that of the one with the larger share.
 
     Defaults: RepDistiller and mdistiller, CIFAR-100.
 
@@ -67,7 +67,8 @@ class CRD(Distiller):
     def forward(self, s, t, batch):
         if self.memory_s is None:
             raise RuntimeError('CRD needs the classes of all training samples before its first step: call know()')
-        drawn = self.draw(batch.index)
+        index = self.largest(batch)
+        drawn = self.draw(index)
         with torch.autocast(s.pooled.device.type, enabled=False):
             e_s, e_t = unit(self.embed_s(s.pooled.float())), unit(self.embed_t(t.pooled.float()))
             # Divided, memories are copies: they will have changed by the backward pass. (A clone does not do: Inductor
@@ -80,8 +81,15 @@ class CRD(Distiller):
         # In these forms a sum of K tiny terms, not a difference of large numbers.
         loss = (F.softplus(math.log(c + EPS) - log_p[..., 0])
                 + torch.log1p((log_p[..., 1:].exp() + EPS) / c).sum(2)).mean(1).sum()
-        self.remember(e_s, e_t, batch)
+        self.remember(e_s, e_t, index, batch.weight > 0)
         return {'crd': self.weight * loss}
+
+    def largest(self, batch) -> Tensor:
+        """[B], the number of each sample; of mixed ones, each with the one before it, that of the larger share."""
+        if batch.target.ndim == 1:
+            return batch.index
+        own = (batch.target.argmax(1) == self.targets[batch.index]).all()  # a batch is mixed in one proportion
+        return torch.where(own, batch.index, batch.index.roll(1))
 
     def draw(self, index: Tensor) -> Tensor:
         """[B] -> [B, 1 + K], for each sample the numbers of its positive and its negatives."""
@@ -100,8 +108,8 @@ class CRD(Distiller):
         self.z.copy_(torch.where(self.z > 0, self.z, len(self.targets) * torch.stack(sums) / number))
 
     @torch.no_grad()
-    def remember(self, e_s: Tensor, e_t: Tensor, batch):
-        index, e_s, e_t = (distributed.gather_rows(x, batch.weight > 0) for x in (batch.index, e_s, e_t))
+    def remember(self, e_s: Tensor, e_t: Tensor, index: Tensor, counts: bool):
+        index, e_s, e_t = (distributed.gather_rows(x, counts) for x in (index, e_s, e_t))
         for memory, e in ((self.memory_s, e_s), (self.memory_t, e_t)):
             memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * e)
 

@@ -2,7 +2,7 @@
 import torch.nn.functional as F
 
 from .base import Distiller, positive, probe
-from .parts import Pairing, Regressor, stage_pairs
+from .parts import Pairing, Regressor, reaching, stage_pairs
 
 
 class FitNet(Distiller):
@@ -11,8 +11,9 @@ class FitNet(Distiller):
         L = weight * mean (relu(reg(F_s)) - F_t)^2,   reg: convolution and norm
 
     The mean goes over all elements. The convolution brings a map that is twice or half as large to the teacher's size;
-    from any other size it is 1x1, after the larger of both is averaged down to the smaller. For the paper's two steps,
-    let this run with --ce-weight 0, and then another method on the student that comes out (--student-resume).
+    from any other size it is 1x1, after the larger of both is averaged down to the smaller. Where the hint has values
+    below 0, there is no relu. For the paper's two steps, let this run with --ce-weight 0, and then another method on
+    the student that comes out (--student-resume).
 
     Defaults: RepDistiller and mdistiller, CIFAR-100.
 
@@ -39,7 +40,8 @@ class FitNet(Distiller):
         self.weight, self.stage_s, self.stage_t = weight, stage - 1, pairs[stage - 1]
         self.pairing = [(self.stage_s, self.stage_t)]
         self.regressor = Regressor(maps_s[self.stage_s].shape, maps_t[self.stage_t].shape)
+        self.activation = reaching(maps_t[self.stage_t])
 
     def forward(self, s, t, batch):
         guess, hint = self.regressor(s.maps[self.stage_s], t.maps[self.stage_t])
-        return {'fitnet': self.weight * F.mse_loss(F.relu(guess), hint)}
+        return {'fitnet': self.weight * F.mse_loss(self.activation(guess), hint)}

@@ -63,7 +63,7 @@ def build_teacher(args, classes, pretrained=False, shows=False):
                  f'{" ".join(needy)} goes by its classifier: train it on them (main_base.py --arch {args.teacher_arch} '
                  '--pretrained), and name its weights with --teacher-resume')
     network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
-    mean, std, size = published = images_of(network) or (*given, args.image_size)
+    mean, std, size = published = images_of(network, args.image_size) or (*given, args.image_size)
     if not pretrained:  # weights from a file need not be from where the network is
         mean, std, size = *given, args.image_size
         if published != (mean, std, size):
@@ -81,10 +81,12 @@ def build_teacher(args, classes, pretrained=False, shows=False):
     return network
 
 
-def images_of(network):
-    """Mean, std and size of the images that a network of timm was published for."""
-    published = getattr(network, 'pretrained_cfg', None)
-    return published and (tuple(published['mean']), tuple(published['std']), published['input_size'][-1])
+def images_of(network, size):
+    """Mean, std and size of the images that a network was published for; torchvision's are for any size."""
+    if of_timm := getattr(network, 'pretrained_cfg', None):
+        return tuple(of_timm['mean']), tuple(of_timm['std']), of_timm['input_size'][-1]
+    statistics = getattr(network, 'image_statistics', None)
+    return statistics and (*statistics, size)
 
 
 @torch.no_grad()

@@ -69,6 +69,11 @@ def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out))
 
 
+def reaching(f: Tensor) -> nn.Module:
+    """What a connector to a teacher's map ends in: a ReLU, but not where the map has values below 0."""
+    return nn.Identity() if (f < 0).any() else nn.ReLU()
+
+
 class Regressor(nn.Module):
     """Student's map, teacher's map -> a guess at the teacher's, and the teacher's, at one size, in float32.
 

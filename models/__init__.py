@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
+from types import MethodType
 
 import torchvision
 from torch import nn
@@ -94,7 +95,7 @@ def called(module: str, function: str, num_classes: int) -> nn.Module:
         raise ValueError(f'{function} cannot make it: {blame(error)}') from None
     if not isinstance(network, nn.Module):
         raise ValueError(f'{function} returns {type(network).__name__} instead of a torch.nn.Module')
-    return drop_auxiliary_heads(network)
+    return plain(network)
 
 
 def find_function(module: str, function: str) -> Callable:
@@ -124,7 +125,7 @@ def blame(error: Exception) -> str:
 def build(name: str, num_classes: int, source: str = '') -> nn.Module:
     if name in NETWORKS and not source:
         return NETWORKS[name](num_classes)
-    return drop_auxiliary_heads(torchvision.models.get_model(name, num_classes=num_classes))
+    return plain(torchvision.models.get_model(name, num_classes=num_classes))
 
 
 def load(name: str, source: str = '') -> nn.Module:
@@ -136,9 +137,11 @@ def load(name: str, source: str = '') -> nn.Module:
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
 
     if name not in NETWORKS or source:
-        return drop_auxiliary_heads(torchvision.models.get_model(name, weights=weights))
-    model = build(name, num_classes=len(weights.meta['categories']))
-    model.load_state_dict(weights.get_state_dict(check_hash=True))
+        model = plain(torchvision.models.get_model(name, weights=weights))
+    else:
+        model = build(name, num_classes=len(weights.meta['categories']))
+        model.load_state_dict(weights.get_state_dict(check_hash=True))
+    model.image_statistics = tuple(weights.transforms().mean), tuple(weights.transforms().std)
     return model
 
 
@@ -147,10 +150,16 @@ def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
 
 
-def drop_auxiliary_heads(model: nn.Module) -> nn.Module:
-    """GoogLeNet and Inception v3 have them, and then return more than the logits in training."""
+def plain(model: nn.Module) -> nn.Module:
+    """One that makes logits, no more, and loads bare tensors.
+
+    GoogLeNet and Inception v3 have auxiliary heads, and then return more in training. MNASNet wants to be told, with
+    its weights, of a version that no file of tensors has.
+    """
     if getattr(model, 'aux_logits', False):
         model.aux_logits = False
         for head in {'aux1', 'aux2', 'AuxLogits'} & dict(model.named_children()).keys():
             setattr(model, head, None)
+    if isinstance(model, torchvision.models.MNASNet):
+        model._load_from_state_dict = MethodType(nn.Module._load_from_state_dict, model)
     return model

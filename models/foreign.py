@@ -102,8 +102,7 @@ class Foreign(Wrapper):
         refuse_compiled(network)
         modes = [(module, module.training) for module in network.modules()]
         network.eval()
-        image, logits, root, calls = trace(network, sizes)
-        refuse_other_outputs(logits, num_classes)
+        image, logits, root, calls = trace(network, sizes, num_classes)
         last = find_classifier(calls, logits)
         self.classifier_path = last.path
         self.tells_logits = isinstance(last.module, nn.Linear) and torch.equal(last.output, logits) and close(
@@ -235,12 +234,14 @@ class Call:
         return Tap(self.path, self.number, what)
 
 
-def trace(network: nn.Module, sizes) -> tuple[Tensor, Tensor, Call, list[Call]]:
+def trace(network: nn.Module, sizes, num_classes: int) -> tuple[Tensor, Tensor, Call, list[Call]]:
     """An image of the first size that the network takes, its logits, the call of the network, all calls as they end."""
     for size in sizes:
         image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
-            return image, *traced(network, image)
+            logits, root, calls = traced(network, image)
+            refuse_other_outputs(logits, num_classes)  # of a larger image some make several rows, by view(-1, channels)
+            return image, logits, root, calls
         except (RuntimeError, AssertionError, ValueError) as error:
             trouble = str(error).strip().splitlines() or [type(error).__name__]
     raise ValueError(f'it does not take images of {" or ".join(map(str, sizes))} pixels: {trouble[0]}')
@@ -330,11 +331,12 @@ def find_activation(calls: list[Call], end: Call) -> Call | None:
 
 
 def find_norm(calls: list[Call], until: int, channels: int) -> str | None:
-    """The path of the last BatchNorm until then, on no shortcut, if it has as many channels as the map."""
-    last = max((call for call in calls if isinstance(call.module, _BatchNorm) and call.began < until
+    """The path of the last BatchNorm until then, on no shortcut, if it ends what makes the map, of as many channels."""
+    last = max((call for call in calls if isinstance(call.module, (_BatchNorm, nn.Conv2d)) and call.began < until
                 and not {'downsample', 'shortcut'} & set(call.path.split('.'))),
                key=lambda call: call.began, default=None)
-    return last.path if last and last.module.num_features == channels else None
+    ends = last and isinstance(last.module, _BatchNorm) and last.module.num_features == channels
+    return last.path if ends else None
 
 
 def find_classifier(calls: list[Call], logits: Tensor) -> Call:

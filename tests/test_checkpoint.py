@@ -2,6 +2,7 @@
 import os
 import pickle
 import signal
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import PROGRAMS, assert_same, script
 from torch import nn
 
 from models import Renormalised
-from utils import checkpoint
+from utils import checkpoint, engine
+from utils import run as runs
 
 
 def content(value: float) -> dict:
@@ -177,6 +179,33 @@ def test_a_kill_inside_a_save_loses_nothing(images, tmp_path, crash, base):
     assert 'resumed from' in again.out and 'damaged' not in again.err
     assert_same(again.weights(), whole.weights())
     assert [record['valid'] for record in again.log()] == [record['valid'] for record in whole.log()]
+
+
+def test_best_weights_are_never_taken_for_those_of_another_epoch(images, tmp_path, base, monkeypatch):
+    """Killed when best.pth is new, and result.json would still tell of the old one."""
+    args, genuine = [images, '--epochs', 2, '--output', tmp_path / 'run'], checkpoint.write
+    right, left = chain([0], repeat(1)), iter([1, 0])  # the second epoch is the best
+
+    def write(path, content):
+        if path.name == 'predictions.npz' and not next(left):
+            raise KeyboardInterrupt
+        genuine(path, content)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, 'write', write)
+        patch.setattr(runs, 'APART', 0)
+        patch.setattr(engine, 'hits', lambda *_: torch.tensor([next(right), 1]))
+        with pytest.raises(KeyboardInterrupt):
+            base(*args)
+    again = base(*args)
+    assert again.code == 0 and 'does not hold the weights of epoch 0' in again.err
+
+
+def test_a_finished_run_whose_best_weights_are_gone(images, tmp_path, base):
+    args = [images, '--epochs', 1, '--output', tmp_path / 'run']
+    assert base(*args).code == 0
+    (tmp_path / 'run' / 'result.json').unlink()
+    again = base(*args)
+    assert again.code == 0 and 'of the best the weights are gone' in again.out
 
 
 def test_a_folder_that_went_away_is_one_line(tmp_path):

@@ -48,6 +48,8 @@ def test_every_world_sees_the_same_samples_in_every_update(world, batch, accum):
         real = [share for share, weight in zip(shares, weights) if weight]
         assert sorted(i for share in real for i in share) == sorted(whole[number])
         seen.update(i for share in real for i in share)
+        copies = Counter(i for share in shares for i in share)  # of which --sync-bn takes statistics
+        assert max(copies.values()) - min(copies.values()) <= 1 and copies.keys() == {*whole[number]}
         # weight * mean over the share, averaged over ranks, is this micro-batch's part of the update's mean
         size = micro[-1][1] - micro[0][0]
         for share, weight in zip(shares, weights):

@@ -410,6 +410,46 @@ def test_what_cannot_be_taken_in():
         Foreign(torchvision.models.alexnet(num_classes=CLASSES), CLASSES, sizes=(8, 9))
 
 
+def test_a_network_whose_rows_depend_on_the_size_is_taken_in_at_its_own():
+    class Rows(Net):
+        def forward(self, x):
+            x = F.avg_pool2d(self.two(self.one(self.stem(x))), 2)
+            return self.fc(x.permute(0, 2, 3, 1).reshape(-1, 8))
+
+    adapted = Foreign(Rows(), CLASSES, sizes=(64, 16))
+    assert adapted.image_size == 16 and adapted(images(3, 16), features=True).logits.shape == (3, CLASSES)
+    with pytest.raises(ValueError, match=r'not take images of 64 pixels: it makes \[16, 5\] of an image'):
+        Foreign(Rows(), CLASSES, sizes=(64,))
+
+
+def test_a_norm_that_a_convolution_follows_tells_nothing_of_the_map():
+    class Preactivated(nn.Module):
+        def __init__(self, c_in, c_out):
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 2, 1)
+            self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1)
+
+        def forward(self, x):
+            x = self.conv(F.relu(self.bn(x)))
+            return x + self.conv2(F.relu(self.bn2(x)))
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), Preactivated(4, 8), Preactivated(8, 8), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten(), nn.Linear(8, CLASSES))
+    adapted = Foreign(network, CLASSES, sizes=(32,))
+    assert adapted.feature_channels == [8, 8] and adapted.feature_norms == [None, None]
+
+
+@pytest.mark.filterwarnings('ignore:The default weight initialization:FutureWarning')
+def test_mnasnet_takes_bare_tensors(tmp_path):
+    network, other = (Foreign(create_model('mnasnet0_5', CLASSES), CLASSES, sizes=(64,)) for _ in range(2))
+    torch.save(dict(network.state_dict()), tmp_path / 'w.pth')
+    checkpoint.load_weights(other, tmp_path / 'w.pth')
+    average = torch.optim.swa_utils.AveragedModel(other)
+    average.load_state_dict(torch.optim.swa_utils.AveragedModel(network).state_dict())
+    for loaded in (other, average.module, copy.deepcopy(network)):
+        assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in network.state_dict().items())
+
+
 def test_a_linear_layer_that_does_otherwise_tells_no_logits():
     class Cosine(nn.Linear):
         def forward(self, x):
@@ -517,6 +557,18 @@ def test_timm():
     shown = vit(images(), features=True)
     assert shown.maps == [] and shown.pooled.shape == (2, 192)
     torch.testing.assert_close(vit.classifier(shown.pooled), shown.logits)
+
+
+def test_images_of_torchvision(monkeypatch, capsys):
+    name, state = 'torchvision:squeezenet1_1', torchvision.models.squeezenet1_1().state_dict()
+    weights = torchvision.models.SqueezeNet1_1_Weights
+    monkeypatch.setattr(weights, 'get_state_dict', lambda self, **_: copy.deepcopy(state))
+    assert not hasattr(build_teacher(settings(teacher_arch=name), 1000, pretrained=True), 'identity')
+    others = torchvision.models.EfficientNet_V2_L_Weights.IMAGENET1K_V1.transforms  # half and half, alone of them all
+    monkeypatch.setattr(weights, 'transforms', lambda self: others())
+    teacher = build_teacher(settings(teacher_arch=name), 1000, pretrained=True)
+    assert teacher.identity == ', images of mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5) and 64 pixels'
+    assert teacher.identity in capsys.readouterr().out
 
 
 def test_images_of_timm(monkeypatch, capsys):

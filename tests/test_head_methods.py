@@ -353,6 +353,27 @@ def test_relations_are_over_the_global_batch_unless_local(method, hyper, monkeyp
         assert gathered == [True] * times
 
 
+# What connects to a teacher's map
+
+CONNECTORS = {'simkd': lambda method: method.projector, 'srd': lambda method: method.regression.connector,
+              'srdwithdist': lambda method: method.regression.connector, 'fitnet': lambda method: method.activation}
+
+
+@pytest.mark.parametrize('signed', [False, True])
+@pytest.mark.parametrize('name', CONNECTORS)
+def test_a_connector_reaches_what_is_below_zero(name, signed):
+    """As in a teacher that ends in a norm: nothing rectified comes near it."""
+    student, teacher = zoo.make('narrower')
+    plain = teacher.forward
+    teacher.forward = lambda x, features: below(plain(x, features), 1.0 * signed)
+    connector = CONNECTORS[name](DISTILLERS[name](student, teacher))
+    assert (connector(torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))) < 0).any() == signed
+
+
+def below(f: Features, x: float) -> Features:
+    return f._replace(head=f.head - x, pooled=f.pooled - x, maps=[y - x for y in f.maps])
+
+
 # SimKD
 
 @pytest.mark.parametrize('size', [16, 24])

@@ -196,6 +196,15 @@ def test_clipping():
     assert norm > 0.5 and moved.item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_the_meter_keeps_no_memory_that_is_shared():
+    """Each batch of a loader process would be an open file, of which a process may have a thousand."""
+    meter, batch = Meter({}), make_batch(2)
+    batch.index.share_memory_()
+    meter.add(batch, ['loss'], torch.ones(1))
+    (_, index, n), = meter.batches
+    assert torch.equal(index, batch.index) and not index.is_shared() and n == 2
+
+
 def test_troubles_are_reported_from_the_first_on():
     meter, batch, names = Meter({}), make_batch(2), ['top1', 'top5', 'loss', 'loss/ce', 'loss/kd']
     for update, (ce, kd, norm) in enumerate([(1., 1., 1.), (1., float('nan'), float('nan')), (float('inf'), 1., 1.)]):

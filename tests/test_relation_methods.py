@@ -251,6 +251,24 @@ def test_formula_of_crd(hyper):
             torch.testing.assert_close(memory.double(), slow, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('share', [0.7, 0.3])
+def test_crd_takes_mixed_images_for_the_larger_share(share):
+    """As torchvision mixes them: each with the one before it."""
+    method, index = build('crd', negatives=10), torch.tensor([3, 14, 5, 22])
+    classes = torch.nn.functional.one_hot(method.targets[index], int(method.targets.max()) + 1).float()
+    batch = batch_of(index.tolist())._replace(target=share * classes + (1 - share) * classes.roll(1, 0))
+    larger = index if share > 0.5 else index.roll(1)
+    assert torch.equal(method.largest(batch), larger) and len({*method.targets[index].tolist()}) > 1
+    before = method.memory_s.clone()
+    torch.manual_seed(0)
+    loss = method(*pair(4), batch)
+    assert {*(method.memory_s != before).any(1).nonzero()[:, 0].tolist()} == {*index.tolist()}
+    other = build('crd', negatives=10)
+    torch.manual_seed(0)
+    assert torch.equal(other(*pair(4), batch_of(larger.tolist()))['crd'], loss['crd'])
+    assert torch.equal(other.memory_t, method.memory_t)
+
+
 def test_crd_trains_both_embeddings():
     method = build('crd', negatives=10)
     method(*pair(4), batch_of(range(4)))['crd'].backward()

@@ -11,7 +11,7 @@ from conftest import Outcome, assert_same, at_call, write_images
 
 import main_base
 import main_distill
-from utils import engine, signals, together
+from utils import data, engine, signals, together
 from utils.guard import Guard
 
 ALONE = ['--epochs', 2, '--lr', 0.02, '-j', 0, '--no-accel', '-p', 1]
@@ -189,6 +189,24 @@ def test_one_that_fails_leaves_the_others_alone(base, tmp_path, breaks, code, sa
     assert run.code == 0
     for seed in (0, 1):
         assert_equal(of_seed(run, seed), base(*CIFAR, '--seed', seed, '--output', tmp_path / f'alone-{seed}'))
+
+
+def test_a_killed_loader_process_is_missed_at_once(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'load_or_next', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5)
+    began = time.time()
+    run = base(*CIFAR, '--data-backend', 'loader', '-j', 1, '--seeds', 0, 1, '--output', tmp_path / 'run')
+    assert run.code == 1 and time.time() - began < 60
+    assert run.err.count('error: a loader process is gone, as for want of memory') == 2
+
+
+def test_what_has_words_ends_in_them(base, tmp_path, monkeypatch):
+    def update(*_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB')
+    monkeypatch.setattr(Guard, 'update', update)
+    run = base(*CIFAR, '--seeds', 0, 1, '--output', tmp_path / 'run')
+    assert run.code == 1 and run.err.count('error: rank 0: CUDA out of memory. Tried to allocate 2 GiB: take a') == 2
+    assert 'Traceback' not in run.err
 
 
 def test_each_looks_after_its_own_folder(base, tmp_path):

@@ -124,12 +124,13 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--teacher-resume', metavar='PATH',
                    help='weights of the teacher; main_base.py scores it in the same pass as the network')
     g.add_argument('--teacher-mean', type=fraction, nargs=3, metavar=('R', 'G', 'B'),
-                   help='of the images that the teacher was trained with, from 0 to 1 (default: of the data; with the '
-                        'weights of timm, its own)')
+                   help='of the images that the teacher was trained with, from 0 to 1 (default: of the data; with '
+                        'published weights, theirs)')
     g.add_argument('--teacher-std', type=number(float, 0, 1, above=True), nargs=3, metavar=('R', 'G', 'B'),
                    help='likewise')
     g.add_argument('--teacher-size', type=count, metavar='PIXELS',
-                   help="side of the teacher's images, resized from the student's (default: as these, likewise)")
+                   help="side of the teacher's images, resized from the student's (default: as these; with timm's "
+                        'weights, theirs)')
     g.add_argument('--sync-bn', **on, help='BatchNorm statistics over all ranks (GPUs only)')
 
     g = parser.add_argument_group('optimization')

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import os
 import sys
+import threading
 import warnings
 from collections import Counter
 from functools import cache, partial
@@ -215,14 +216,16 @@ def make_loader(images, order, args):
     warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores, which load_data told
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
+    # In a thread (--seeds) nobody is told when a loader process is killed. Without a timeout, torch looks now and then.
+    timeout = args.dist_timeout if args.workers and threading.current_thread() is threading.main_thread() else 0
     join = default_collate
     if args.workers and isinstance(order, TrainOrder):  # those on their way, and of each worker its share of an update
         join = Slots(PREFETCH + -(-order.accum // args.workers))
     loader = DataLoader(images, batch_sampler=order, collate_fn=partial(collate, join=join),
                         num_workers=args.workers, prefetch_factor=PREFETCH if args.workers else None,
-                        timeout=args.dist_timeout if args.workers else 0, persistent_workers=args.workers > 0,
-                        worker_init_fn=signals.ignore, generator=torch.Generator(),
-                        pin_memory=torch.cuda.is_available() and not args.no_accel, multiprocessing_context=fork)
+                        timeout=timeout, persistent_workers=args.workers > 0, worker_init_fn=signals.ignore,
+                        generator=torch.Generator(), pin_memory=torch.cuda.is_available() and not args.no_accel,
+                        multiprocessing_context=fork)
     distributed.at_end.callback(dismiss_workers, loader)
     return loader
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ def launch(worker, args):
     elif args.world_size > 1:  # as in pytorch/examples: every process is started by hand
         _run(worker, args, args.rank, args.world_size, args.gpu or 0, args.dist_url, nodes=args.world_size)
     else:
-        _run(partial(together.train, worker) if args.seeds else worker, args)
+        _run(partial(together.train, partial(_told, worker)) if args.seeds else worker, args)
 
 
 def under_torchrun() -> bool:
@@ -111,10 +111,11 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
     if cuda:
         torch.cuda.set_device(device)
     try:
-        if url is not None:
-            _join(url, rank, world, device, args)
-        with at_end:
-            worker(args, device)
+        with in_lines(rank, args):
+            if url is not None:
+                _join(url, rank, world, device, args)
+            with at_end:
+                worker(args, device)
     except SystemExit as stop:
         if isinstance(stop.code, str):  # print it here: mp.spawn and torchrun would lose it or bury it
             write_line(f'[rank {rank}] {stop.code}' if rank else stop.code, sys.stderr)
@@ -122,6 +123,21 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         if stop.code in (0, None, signals.EXIT_INTERRUPTED) and dist.is_initialized():
             dist.destroy_process_group()
         raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _told(worker, args, device):
+    """One of several runs in a process."""
+    with in_lines(0, args):
+        worker(args, device)
+
+
+@contextmanager
+def in_lines(rank: int, args):
+    """Errors that have words end in a line of them, and in an exit code."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         if args.compile and signals.caught() and of_compiler(error):  # it was sent to the compilers, too
             write_line('stopped by a signal while it compiled; the same command goes on', sys.stderr)
@@ -130,8 +146,6 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
             raise
         write_line(f'error: {said}', sys.stderr)
         sys.exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _join(url, rank, world, device, args):
@@ -161,6 +175,8 @@ def in_words(error: Exception, rank: int, args) -> str:
     if text.startswith('DataLoader timed out'):
         return (f'no images have come from the loader processes for {args.dist_timeout:g} seconds (--dist-timeout): '
                 'one hangs, or the storage does. The same command goes on from the last checkpoint')
+    if text.startswith('DataLoader worker'):
+        return f'a loader process is gone, as for want of memory (fewer by -j?): {text}. The same command goes on'
     if text.startswith('Expected more than 1 value per channel'):
         return 'a BatchNorm has 1 image to take statistics from, as of the last batch of an epoch: take another -b'
     if 'Expected to have finished reduction' in text:

@@ -4,7 +4,8 @@ A loss that isn't finite is multiplied by NaN before its backward pass, so the e
 an update whose gradient isn't finite is left out on the device; and so are all after it. The loop reads the meters
 now and then, finds what happened, and stops. With --max-broken-updates it goes on: only that update was left out, and
 with it what its forward pass did to buffers, such as the statistics of norms. In fp16 the scaler leaves updates out by
-itself, and a gradient that overflows is its everyday business: only the loss counts there.
+itself, and a gradient that overflows is its everyday business: only the loss counts there. (With
+--max-broken-updates, the buffers of such an update are brought back, too.)
 """
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm

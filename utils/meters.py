@@ -55,7 +55,8 @@ class Meter:
         """A batch, and what came of it on the device."""
         self.names = names
         self.rows.append(values)
-        self.batches.append((len(self.norms), batch.index, len(batch.index) if batch.weight else 0))
+        index = batch.index if batch.index.is_cuda else batch.index.clone()  # not a loader's memory, an open file each
+        self.batches.append((len(self.norms), index, len(index) if batch.weight else 0))
 
     def add_norm(self, norm):
         """The gradient's norm closes an update."""

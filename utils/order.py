@@ -35,8 +35,9 @@ class TrainOrder(Sampler):
         order = torch.randperm(self.length, generator=generator(self.seed, 'order', self.epoch)).tolist()
         for _, micro in self.plan():
             for begin, end in micro:
-                # A rank without a share computes along on one sample of weight 0, as its peers wait for its gradient.
-                share = order[begin + self.rank:end:self.world] or order[begin:begin + 1]
+                # A rank without a share computes along on one sample of weight 0, as its peers wait for its gradient:
+                # on another one each, for --sync-bn counts them all.
+                share = order[begin + self.rank:end:self.world] or [order[begin + self.rank % (end - begin)]]
                 yield [(self.epoch, index) for index in share]
 
     def updates(self) -> int:

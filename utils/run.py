@@ -183,6 +183,8 @@ class Run:
     def _write(self):
         """What finished epochs have left."""
         files, self.unwritten = self.unwritten, {}
+        if 'best.pth' in files:  # of a killed run nothing shall tell that it is of the epoch before
+            checkpoint.remove(self.folder / 'result.json')
         for name, content in files.items():
             checkpoint.write(self.folder / name, as_npz(content) if name.endswith('.npz') else content)
         if files:
@@ -271,8 +273,9 @@ class Run:
 
     def finish(self):
         best, last = self.progress['best'], self.progress['last']
-        distributed.say(f'done: last top1 {last["top1"]:.2f}, best {best["top1"]:.2f} (epoch {best["epoch"]}); '
-                        f'{self.folder} holds last.pth, best.pth, log.jsonl, result.json')
+        told = f'best {best["top1"]:.2f} (epoch {best["epoch"]})' if best else 'of the best the weights are gone'
+        distributed.say(f'done: last top1 {last["top1"]:.2f}, {told}; {self.folder} holds last.pth, best.pth, '
+                        'log.jsonl, result.json')
         if self.writer:
             with suppress(Exception):  # as above
                 self.writer.close()

@@ -1,8 +1,8 @@
 """MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications. Howard et al., 2017.
 
 Parameter names are those of the widely used public checkpoints (`model.0.0.weight` .. `model.13.4.bias`, `fc.weight`).
-As in them, the activation is ReLU. A block ends in its last norm; the network applies the ReLU after it.
-Initialisation: kaiming normal, fan out, for the convolutions, the framework's default for the rest.
+As in them, the activation is ReLU, and the initialisation the framework's. A block ends in its last norm; the network
+applies the ReLU after it.
 """
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,10 +36,6 @@ class MobileNetV1(nn.Module):
             channels = c_out
         self.fc = nn.Linear(channels, num_classes)
         self.ends = stage_ends([block[0].stride[0] for block in self.model])
-
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     @property
     def classifier(self) -> nn.Linear:
