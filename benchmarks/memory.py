@@ -1,8 +1,10 @@
-"""Peak memory of two training steps of MGD, each variant in a process of its own."""
+"""Peak memory of a training step of MGD, each variant in a process of its own."""
+import ctypes
 import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -14,6 +16,7 @@ from .harness import Case, Row, Settings, Variant
 from .mgd_step import builders, sizes_for
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = 5
 
 
 def memory(settings: Settings, **sizes) -> Case:
@@ -38,14 +41,25 @@ def in_its_own_process(name: str, settings: Settings, sizes: dict):
 
 
 def growth_of(run, device: torch.device) -> tuple[float, float]:
-    """MB by which two steps raise the peak (on a GPU: the second of them), and the loss of the first."""
-    before = held(device)
+    """MB that a step takes beyond what is there between two, the median of some, and the loss of the one before them."""
     with full_float32():
-        loss = run()['loss'].item()
+        loss = run()['loss'].item()  # some make their momentum in it, which others have by then
+    taken = []
+    for _ in range(STEPS):
+        forget(device)
+        before = held(device)
+        run()
+        taken.append((peak(device) - before) / 1e6)
+    return median(taken), loss
+
+
+def forget(device: torch.device):
+    """The peak so far, and on a CPU what is free but still counts as taken."""
     if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)  # of what was built, and of kernels that are slow and exact
-    run()
-    return (peak(device) - before) / 1e6, loss
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5')
 
 
 def held(device: torch.device) -> int:
