@@ -41,7 +41,7 @@ def in_its_own_process(name: str, settings: Settings, sizes: dict):
 
 
 def growth_of(run, device: torch.device) -> tuple[float, float]:
-    """MB that a step takes beyond what is there between two, the median of some, and the loss of the one before them."""
+    """MB that a step takes beyond what is there between two, the median of some, and the loss of the one before."""
     with full_float32():
         loss = run()['loss'].item()  # some make their momentum in it, which others have by then
     taken = []
