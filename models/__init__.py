@@ -125,7 +125,7 @@ def blame(error: Exception) -> str:
 def build(name: str, num_classes: int, source: str = '') -> nn.Module:
     if name in NETWORKS and not source:
         return NETWORKS[name](num_classes)
-    return plain(torchvision.models.get_model(name, num_classes=num_classes))
+    return of_torchvision(name, num_classes=num_classes)
 
 
 def load(name: str, source: str = '') -> nn.Module:
@@ -137,11 +137,18 @@ def load(name: str, source: str = '') -> nn.Module:
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
 
     if name not in NETWORKS or source:
-        model = plain(torchvision.models.get_model(name, weights=weights))
+        model = of_torchvision(name, weights=weights)
     else:
         model = build(name, num_classes=len(weights.meta['categories']))
         model.load_state_dict(weights.get_state_dict(check_hash=True))
     model.image_statistics = tuple(weights.transforms().mean), tuple(weights.transforms().std)
+    return model
+
+
+def of_torchvision(name: str, **how) -> nn.Module:
+    model = plain(torchvision.models.get_model(name, **how))
+    if hasattr(model, 'transform_input'):  # GoogLeNet and Inception v3 with published weights, and no file tells of it
+        model.transform_input = True
     return model
 
 

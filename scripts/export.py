@@ -87,8 +87,8 @@ def export(options):
     except RuntimeError as error:  # not one can be read
         sys.exit(f'error: {error}')
     mean, std = STATISTICS[args.dataset]
-    meta = {'arch': args.arch, 'classes': name_classes(valid.source.classes if real else record.get('classes', []),
-                                                         outputs, args),
+    meta = {'arch': args.arch, 'classes': name_classes(valid.source.classes if real else [],
+                                                         record.get('classes', []), outputs, args),
             'image_size': args.image_size, 'mean': mean, 'std': std}
 
     # the file gets its name when it has been checked
@@ -107,7 +107,7 @@ def export(options):
         how = LOAD[options.format].format(file=file.name, construct=construct)
         told = facts(args, path, record, network, meta)
         file.with_name(file.name + '.md').write_text(card(file, small, args, told, meta, rows, how))
-    except (OSError, RuntimeError) as error:  # exporters' own errors are RuntimeErrors
+    except (OSError, RuntimeError, ValueError) as error:  # exporters' own errors are RuntimeErrors
         sys.exit(f'error: cannot write {file}: {str(error).strip().splitlines()[0]}')
     finally:
         checkpoint.remove(unchecked)
@@ -142,7 +142,12 @@ def find(path: Path):
     return path, content, outputs, record
 
 
-def name_classes(names, outputs, args) -> list[str]:
+def name_classes(there, known, outputs, args) -> list[str]:
+    """there: the classes of the data as they are today; known: those of the run. Either may be missing."""
+    names = [*there] or [*known]
+    if other := [pair for pair in zip(there, known) if pair[0] != pair[1]]:
+        sys.exit(f'error: {args.data} has a class {other[0][0]} where the run had {other[0][1]}: name the data as they '
+                 'were, by --images DIR')
     if names and (len(names) > outputs or outputs not in (len(names), args.num_classes)):
         sys.exit(f'error: {args.data} has {len(names)} classes, the network {outputs}: is it another data set?')
     return [*names, *(f'output {i}' for i in range(len(names), outputs))]
@@ -157,7 +162,7 @@ def shipped(args, outputs: int) -> nn.Module:
     if foreign := [arch for arch in (args.arch, args.teacher_arch) if arch not in NETWORKS]:
         sys.exit(f'error: a student of {" ".join(through)} is shipped with networks of models/, not {foreign[0]}')
     teacher = build(args.teacher_arch, outputs)
-    student.image_size = teacher.image_size = args.image_size
+    student.image_size, teacher.image_size = args.image_size, args.teacher_size or args.image_size
     return Distillation(student, teacher, from_flags(DISTILLERS, through, args, student, teacher)).shipped()
 
 

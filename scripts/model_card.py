@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, adapts
 from distillers.flags import values_of
+from distillers.networks import is_function
 from models import NETWORKS, torchvision_names
 from utils import checkpoint
 from utils.run import git_revision
@@ -117,8 +118,9 @@ def facts(args, path, record, network, meta) -> dict:
     size, through = args.image_size, adapting(args)
     scored = 'best' if path.name == 'best.pth' else 'last'
     partly = f' and {record["sample"]} images of the next' if record.get('sample') else ''
-    published = "timm's weights" if args.arch.startswith('timm:') else "torchvision's ImageNet weights"
-    start = published if args.pretrained else args.student_resume or 'random weights'
+    published = ("timm's weights" if args.arch.startswith('timm:') else f'the weights that {args.arch} returns'
+                 if is_function(args.arch) else "torchvision's ImageNet weights")
+    start = args.student_resume or (published if args.pretrained else 'random weights')
     rows = {'network': f'{args.arch}, {sum(p.numel() for p in network.parameters()):,} parameters'
                        + f', those of {" ".join(through)} included' * bool(through),
             'input': f'float32 [N, 3, {size}, {size}], any N; normalised RGB',
@@ -156,11 +158,12 @@ def constructor(args, outputs: int, network: nn.Module) -> str:
         return ('from distillers import DISTILLERS, Distillation\nfrom models import create_model\n'
                 f'student, teacher = create_model({args.arch!r}, {outputs}), '
                 f'create_model({args.teacher_arch!r}, {outputs})\n'
-                f'student.image_size = teacher.image_size = {args.image_size!r}\n'
+                f'student.image_size, teacher.image_size = {args.image_size!r}, '
+                f'{args.teacher_size or args.image_size!r}\n'
                 f'network = Distillation(student, teacher, {{{made}}}).shipped()')
-    if theirs:
-        auxiliary = ', aux_logits=False' if hasattr(network, 'aux_logits') else ''
-        return f'network = torchvision.models.{theirs[0]}(num_classes={outputs}{auxiliary})'
+    if theirs and not theirs[0].startswith('mnasnet'):  # which loads no bare tensors
+        switches = ', aux_logits=False, transform_input=True' if hasattr(network, 'aux_logits') else ''
+        return f'network = torchvision.models.{theirs[0]}(num_classes={outputs}{switches})'
     return f'from models import create_model\nnetwork = create_model({args.arch!r}, {outputs})'
 
 

@@ -51,7 +51,7 @@ def shrunk(path: str, size: int) -> Image.Image:
 def store_jpeg(job: tuple, size: int, quality: int) -> dict:
     """Of one image: {'images': how many are there, 'unreadable': {path: why}}."""
     path, target = job
-    if not target.exists():
+    if not whole(target):
         try:
             image = shrunk(path, size)
             with Image.open(path) as original:
@@ -59,15 +59,35 @@ def store_jpeg(job: tuple, size: int, quality: int) -> dict:
         except Exception as error:  # whatever a decoder makes of a broken file
             return {'images': 0, 'unreadable': {path: str(error)}}
         target.parent.mkdir(parents=True, exist_ok=True)
-        new = target.with_name(target.name + '.tmp')
+        new = target.with_name(f'{zlib.crc32(target.name.encode()):08x}.tmp')  # no name can be too long for it
         if as_it_is:
             new.write_bytes(Path(path).read_bytes())
         else:
-            image.save(new, 'JPEG', quality=quality)
+            save(image, new, quality, path)
         if read(new).size != image.size:
             raise Damaged(f'{new} does not read as it was written')
         new.rename(target)
     return {'images': 1, 'unreadable': {}}
+
+
+def whole(path: Path) -> bool:
+    """Whether a JPEG is there from its first marker to its last; the end may be missing after a power cut."""
+    try:
+        with open(path, 'rb') as file:
+            begin = file.read(2)
+            file.seek(-2, os.SEEK_END)
+            return begin + file.read() == b'\xff\xd8\xff\xd9'
+    except OSError:  # not there, or empty
+        return False
+
+
+def save(image: Image.Image, new: Path, quality: int, source: str):
+    try:
+        image.save(new, 'JPEG', quality=quality)
+    except OSError as error:
+        if error.errno:  # of the disk
+            raise
+        raise Damaged(f'{source} cannot be stored as a JPEG ({error}); remove it, or take --format raw') from None
 
 
 def store_shard(job: tuple, size: int) -> dict:

@@ -14,6 +14,8 @@ from svg import curves, matrix, missing, reliability, stacks
 from ways import FREE, cells
 
 SHOWN = 20  # classes, pairs of classes
+# of Student's t: what lies beyond it, on both sides, is a twentieth; by degrees of freedom
+QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 PARTS = {'wait': 'waiting for data', 'teacher': 'teacher', 'student': 'student', 'losses': 'losses',
          'backward': 'backward', 'rest': 'everything else'}
 
@@ -21,15 +23,18 @@ PARTS = {'wait': 'waiting for data', 'teacher': 'teacher', 'student': 'student',
 class Page:
     def __init__(self, ways, teacher):
         self.teacher, self.ways, self.all = teacher, ways, teacher + ways
-        self.alone = next((way for way in ways if way.arguments and not way.taught), None)
         self.taught = [way for way in ways if way.taught]
+        students = {way.arch for way in self.taught}
+        self.alone = next((way for way in ways if way.arguments and not way.taught
+                           and (way.arch in students or not students)), None)
         for i, way in enumerate(way for way in ways if way is not self.alone):
             way.colour = f'var(--s{i % 7 + 1})'
         if self.alone:
             self.alone.colour = 'var(--s0)'
         self.ranked = sorted((way for way in ways if way.last is not None), key=lambda way: -way.last)
         self.best = self.ranked[0] if self.ranked else None
-        self.guesses, self.who = teachers_guesses(ways, teacher)
+        self.teachers = {way: told for way in self.taught if (told := teachers_guesses(way, teacher))}
+        self.guesses, self.who = next(iter(self.teachers.values()), (None, None))
         self.runs = [run for way in self.all for run in way.runs]
         self.names = next((told['classes'] for run in self.runs for told in run.guesses), None)
         self.running = [run for run in self.runs if not run.finished]
@@ -56,7 +61,7 @@ class Page:
         tiles = []
         if self.best:
             tiles.append((f'{self.best.last:.1f} %', f'the best of the last epochs: {self.best.name}'))
-            gain, gap = self.gain(self.best), self.gain(self.teacher[0]) if self.teacher else None
+            gain, gap = self.gain(self.best), self.gap(self.best)
             if gain is not None and self.best is not self.alone:
                 tiles.append((f'{gain:+.1f}', f'points more than {self.alone.name}'))
                 if gap and gap > 0:
@@ -75,11 +80,22 @@ class Page:
         known = self.alone and None not in (way.last, self.alone.last)
         return way.last - self.alone.last if known else None
 
+    def gap(self, way):
+        """Points of its teacher, as it was when it taught, over the student alone, or None."""
+        scores = [score for run in way.runs if (score := run.score('teacher_score')) is not None]
+        scores += [way.last for way in self.teacher if way.last is not None]
+        return scores[0] - self.alone.last if scores and self.alone and self.alone.last is not None else None
+
+    def teacher_of(self, way):
+        """Guesses of its teacher, or of the first for who has none, and the name of it among them."""
+        return self.teachers.get(way, (None, None) if way.taught else (self.guesses, self.who))
+
     def agreement(self, way):
         """Percent of the guesses that are the teacher's, or None."""
-        if self.guesses is None:
+        guesses, who = self.teacher_of(way)
+        if guesses is None:
             return None
-        return way.mean_of(lambda told: 100 * np.mean(told['student'][0] == self.guesses[self.who][0]))
+        return way.mean_of(lambda told: 100 * np.mean(told['student'][0] == guesses[who][0]))
 
     def final(self):
         rows = []
@@ -107,9 +123,9 @@ class Page:
         told = f'{escape(one.name)} ends {gap:.2f} points above {escape(two.name)}'
         if min(map(len, samples)) < 2:
             return f'<p class="soft">{told}, by one seed: that may be chance.</p>'
-        error = sum(variance(scores) / len(scores) for scores in samples) ** 0.5
+        error, largest = likely(*samples)
         return (f'<p class="soft">{told}, with a standard error of {error:.2f}: '
-                f'{"more than chance makes likely" if gap > 2 * error else "as much could be chance"}.</p>')
+                f'{"more than chance makes likely" if gap > largest else "as much could be chance"}.</p>')
 
     def course(self):
         levels = [{'name': way.name, 'colour': way.colour, 'value': way.last} for way in self.teacher]
@@ -213,8 +229,8 @@ class Page:
         text = ('What a student takes for something else though the teacher knows it: images per run, of the pairs '
                 'that students with a teacher confuse most.')
         counted, total = {}, Counter()
-        known = None if self.guesses is None else right(self.guesses, self.who)
-        for way in (way for way in self.ways if way.predictions and known is not None):
+        for way in (way for way in self.ways if way.predictions and self.teacher_of(way)[0] is not None):
+            known = right(*self.teacher_of(way))
             found = [confusions(told, 'student', known) for told in way.predictions]
             counted[way] = Counter({pair: mean(each.get(pair, 0) for each in found) for pair in set().union(*found)})
             total.update(counted[way] if way.taught else {})
@@ -316,11 +332,26 @@ def read_matching(folder):
         return None
 
 
-def teachers_guesses(ways, teacher):
-    """Predictions and the name of the network in them that is the teacher."""
-    found = [(told, 'student') for way in teacher for told in way.predictions]
-    found += [(told, 'teacher') for way in ways for run in way.runs for told in run.guesses if 'teacher' in told]
-    return found[0] if found else (None, None)
+def teachers_guesses(way, teacher):
+    """Predictions, and the name in them of the network that taught, as it was when it did; None if they are gone."""
+    file = Path(way.arguments.get('teacher_resume') or '')
+    last = file.name in ('last.pth', 'checkpoint.pth')  # of which predictions.npz tells
+    found = [(run.start, 'teacher') for run in way.runs]
+    found += [(run.predictions, 'student') for of in teacher for run in of.runs
+              if last and run.folder.resolve() == file.parent.resolve()]
+    found += [(run.predictions, 'teacher') for run in way.runs]  # that has learned beside it
+    return next(((told, who) for told, who in found if told and who in told), None)
+
+
+def likely(one, other):
+    """The standard error of the difference of two means, and the largest that chance makes likely (Welch's test)."""
+    parts = [(variance(scores) / len(scores), len(scores) - 1) for scores in (one, other)]
+    error = sum(part for part, _ in parts)
+    if not error:
+        return 0.0, 0.0
+    freedom = int(error ** 2 / sum(part ** 2 / n for part, n in parts))
+    quantile = QUANTILES[freedom - 1] if freedom <= len(QUANTILES) else 1.96 + 2.6 / freedom
+    return error ** 0.5, quantile * error ** 0.5
 
 
 # Pieces of HTML

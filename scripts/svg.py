@@ -18,7 +18,8 @@ def powers(low, high):
     """Powers of ten, or where they are few their halves and fifths too."""
     found = [m * 10 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
              for m in ((1,) if high / low > 1000 else (1, 2, 5))]
-    return [v for v in found if low * 0.999 <= v <= high * 1.001]
+    inside = [v for v in found if low * 0.999 <= v <= high * 1.001]
+    return inside if len(inside) > 1 else ticks(low, high)
 
 
 def number(value):

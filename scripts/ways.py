@@ -33,8 +33,8 @@ class Run:
         self.records = records(lines_of(folder / 'log.jsonl'))[0]
         self.images = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
         self.contents = self.result.get('images')  # a hash of all
-        self.predictions = read_npz(folder / 'predictions.npz')
-        self.guesses = [told for told in (self.predictions, read_npz(folder / 'start.npz')) if told]
+        self.predictions, self.start = (read_npz(folder / f'{name}.npz') for name in ('predictions', 'start'))
+        self.guesses = [told for told in (self.predictions, self.start) if told]
 
     def score(self, which):
         score = self.result.get(which) or {}
@@ -70,7 +70,7 @@ class Way:
         self.arguments = next((run.arguments for run in runs if run.arguments), {})
         self.arch, self.taught = self.arguments.get('arch', ''), 'distiller' in self.arguments
         self.finished = [run for run in runs if run.finished]
-        self.predictions = [run.predictions for run in runs if run.predictions]
+        self.predictions = [run.predictions for run in self.finished or runs if run.predictions]
 
     def scores(self, which):
         return [run.score(which) for run in self.finished if run.score(which) is not None]
@@ -119,12 +119,18 @@ def by_way(folders):
         known = [run for run in runs if run.arguments]
         for run in known[1:]:
             one, other = known[0].arguments, run.arguments  # one may know newer flags
-            if differing := [k for k in sorted((one.keys() & other.keys()) - FREE) if one[k] != other[k]]:
+            differing = [k for k in sorted((one.keys() & other.keys()) - FREE) if one[k] != other[k]]
+            if differing := differing + ['images'] * other_contents(known[0], run):
                 refuse(f'{known[0].folder} and {run.folder} differ in {", ".join(differing)}')
         seeds = [run.seed for run in known if run.seed is not None]
         if len(set(seeds)) < len(seeds):
             refuse(f'{name}: two runs have the same seed')
     return [Way(name, runs) for name, runs in ways.items()]
+
+
+def other_contents(one, other) -> bool:
+    """Whether both runs know their images by a hash, and they are others."""
+    return None not in (one.contents, other.contents) and one.contents != other.contents
 
 
 def other_data(ways) -> str:
@@ -135,6 +141,8 @@ def other_data(ways) -> str:
         differing = [key for key in DATA if run.arguments.get(key) != first.arguments.get(key)]
         if run.contents and run.contents == first.contents:  # of a copy elsewhere
             differing = []
+        elif other_contents(run, first):
+            differing.append('the images')
         if run.images and run.images != size:
             differing.append(f'the number of validation images ({size} and {run.images})')
         for told in run.guesses:
@@ -152,13 +160,16 @@ def find_teacher(ways):
     for way in ways:
         folder = Path(way.arguments.get('teacher_resume') or '/').parent
         if way.taught and (folder / 'log.jsonl').exists():
-            return [] if any(folder.resolve() == run.folder.resolve() for w in ways for run in w.runs) else [folder]
+            return [folder]
     return []
 
 
 def collect(folders, teacher):
+    """The ways, and that of the teacher, wherever it was named."""
     ways = by_way(folders)
     named, teacher = bool(teacher), by_way(teacher or find_teacher(ways))
+    its = {run.folder.resolve() for way in teacher for run in way.runs}
+    ways = [way for way in ways if its.isdisjoint(run.folder.resolve() for run in way.runs)]
     if other_data(teacher + ways) and not named:  # what it was trained with is its own affair
         teacher = []
     if wrong := other_data(teacher + ways):

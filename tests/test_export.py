@@ -1,9 +1,11 @@
 """scripts/export.py: what it ships gives the student's logits without its training, and says what it is."""
+import argparse
 import importlib.util
 import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / 'scripts'))
 
 import export
+import model_card
 
 from models import create_model
+from utils.args import base_parser
 from utils.data import STATISTICS
 
 FLAGS = ['--epochs', '1', '--lr', '0.01']
@@ -188,14 +192,49 @@ def test_without_its_data_it_is_checked_on_noise(plain, images, ship, tmp_path):
     assert made.code == 1 and '--images DIR' in made.err and made.err.count('\n') == 1
 
 
+def test_a_student_of_a_teacher_with_smaller_images_is_shipped_as_it_was_trained(distill, images, ship, tmp_path):
+    """What SimKD pools to is told by both networks' maps, of the images that each of them sees."""
+    run = distill(images, *FLAGS, '--arch', 'resnet8', '--image-size', 32, '--teacher-arch', 'resnet14',
+                  '--teacher-size', 16, '--teacher-resume', teacher(tmp_path / 't.pth'), '--distiller', 'simkd',
+                  '--output', tmp_path / 'run')
+    args = export.find(run.folder / 'best.pth')
+    shipped = export.shipped(argparse.Namespace(**args[3]['arguments']), 3)
+    assert shipped.distillers['simkd'].size_t == [4, 4] and shipped.distillers['simkd'].size_s == [8, 8]
+    assert ship(run.folder, '--format', 'torch').code == 0
+    assert 'student.image_size, teacher.image_size = 32, 16\n' in (run.folder / 'resnet8.pth.md').read_text()
+
+
+@pytest.mark.parametrize('name, made', [
+    ('googlenet', 'torchvision.models.googlenet(num_classes=3, aux_logits=False, transform_input=True)'),
+    ('mnasnet0_5', "create_model('mnasnet0_5', 3)")])
+@pytest.mark.filterwarnings('ignore:The default weight initialization:FutureWarning')
+def test_networks_that_bare_weights_do_not_tell_all_of(name, made, base, images, ship, tmp_path):
+    run = base(images, *FLAGS, '--arch', name, '--image-size', 64, '--output', tmp_path / 'run')
+    assert run.code == 0 and ship(run.folder, '--format', 'torch').code == 0
+    assert f'network = {made}\n' in (run.folder / f'{name}.pth.md').read_text()
+
+
+@pytest.mark.parametrize('flags, says', [
+    ([], 'random weights'), (['--pretrained'], "torchvision's ImageNet weights"),
+    (['--pretrained', '--student-resume', 'S.pth'], 'S.pth'),
+    (['--arch', 'pkg:net', '--pretrained'], 'the weights that pkg:net returns')])
+def test_where_weights_started(flags, says):
+    args = base_parser('').parse_args(['DIR', *flags])
+    args.distiller, args.image_size = [], 32
+    record = {'arguments': {'dummy': True}, 'start': {}}
+    told = model_card.facts(args, Path('best.pth'), record, torch.nn.Linear(1, 1), {'classes': []})
+    assert told['weights'].endswith(f'started from {says}')
+
+
 @pytest.mark.parametrize('what, says', [
     ('missing', 'does not exist'), ('torn', 'damaged'), ('alone', 'no args.json'), ('other', 'holds no state_dict'),
     ('scalar', 'no classifier'), ('foreign', 'does not fit'), ('itself', 'it is what is exported'),
     ('log', 'a file of the run has this name'), ('nowhere', 'is no folder'),
-    ('classes', 'has 2 classes, the network 3'), ('card', 'Is a directory'),
+    ('classes', 'has 2 classes, the network 3'), ('renamed', 'has a class bee where the run had ant'),
+    ('card', 'Is a directory'),
     ('unreadable', 'not one image can be read')])
 def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path):
-    for name in ('args.json', 'best.pth', 'result.json'):
+    for name in ('args.json', 'best.pth', 'result.json', 'checkpoint.pth'):
         shutil.copy(plain / name, tmp_path)
     best, args = tmp_path / 'best.pth', ['--format', 'torch']
     if what == 'missing':
@@ -215,6 +254,11 @@ def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path)
         for split in ('train', 'valid'):
             shutil.copytree(images / split / 'ant', tmp_path / 'data' / split / 'ant')
             shutil.copytree(images / split / 'bee', tmp_path / 'data' / split / 'bee')
+        args += ['--images', tmp_path / 'data']
+    elif what == 'renamed':
+        shutil.copytree(images, tmp_path / 'data')
+        (tmp_path / 'data' / 'valid' / 'ant').rename(tmp_path / 'data' / 'valid' / 'yak')
+        (tmp_path / 'data' / 'train' / 'ant').rename(tmp_path / 'data' / 'train' / 'yak')
         args += ['--images', tmp_path / 'data']
     elif what == 'card':
         (tmp_path / 'card.pth.md').mkdir()

@@ -102,6 +102,7 @@ def test_unknown_name_suggests_close_ones():
 @pytest.mark.parametrize('name, size', [('squeezenet1_1', 64), ('googlenet', 64), ('inception_v3', 96)])
 @pytest.mark.filterwarnings('ignore:The default weight initialization:FutureWarning')
 def test_networks_of_torchvision_give_logits_in_training(name, size):
+    assert getattr(create_model(name, 10), 'transform_input', True)  # as those with published weights
     assert create_model(name, 10).train()(pictures(size)).shape == (2, 10)
 
 

@@ -165,6 +165,26 @@ def test_what_is_torn_is_made_anew(prepared, folder):
         assert file.read_text() == content
 
 
+def test_a_torn_jpeg_is_made_anew(prepared, folder):
+    """As after a power cut, which may leave a name without a content."""
+    target = prepared()
+    whole = {path: path.read_bytes() for path in (target / 'train').rglob('*.jpg')}
+    for number, path in enumerate(sorted(whole)[:3]):
+        path.write_bytes([b'', whole[path][:300], whole[path][:1]][number])
+    prepared()
+    assert {path: path.read_bytes() for path in (target / 'train').rglob('*.jpg')} == whole
+
+
+def test_what_cannot_be_a_jpeg_is_named(prepared, folder):
+    bee = folder / 'train' / 'bee'
+    (bee / '0.jpg').rename(bee / f'{"x" * 251}.jpg')  # the longest name that there can be
+    assert len([*(prepared() / 'train' / 'bee').iterdir()]) == 6
+    Image.new('RGB', (66000, 20)).save(bee / 'wide.png')
+    with pytest.raises(SystemExit, match=r'wide.png cannot be stored as a JPEG \(.*--format raw'):
+        prepared(target='again')
+    assert json.loads((prepared('raw', 'raw') / 'manifest.json').read_text())['images']['train']['bee'] == 7
+
+
 def test_a_copy_that_got_no_further_than_its_manifest_goes_on(prepared, folder):
     (folder.parent / 'dst').mkdir()
     (folder.parent / 'dst' / 'manifest.tmp').write_text('{"by"')

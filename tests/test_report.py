@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 import compare
 import report
 from guesses import calibration, confusions, ece, per_class
-from report_page import Page
+from report_page import Page, likely
+from svg import powers
 from ways import collect
 
 from utils import closely
@@ -143,6 +144,84 @@ def test_the_page_of_finished_runs_stands_alone(tell, tmp_path):
     assert '31.25 ± 1.77' in text and '+20.00' in text and '29 %' in text  # 20 of 68.75 points
     assert text.count('not recorded yet') == 3  # both charts and the matrices of MGD
     assert html.count('<polyline') == 0 and html.count('class="line"') >= 10 and 'class <3>' in text
+
+
+def guess(folder, file, **right):
+    """Each network's share of 40 images that it tells right, from the first on; elsewhere it says the next class."""
+    target = np.arange(40) % 4
+    np.savez(folder / file, target=target, classes=['a', 'b', 'c', 'd'], **{
+        name: np.stack([np.where(np.arange(40) < share * 40, target, (target + 1) % 4), np.full(40, 0.5)])
+        for name, share in right.items()})
+
+
+def test_the_teacher_is_the_network_that_taught(tmp_path):
+    """As it was then: by its best weights, while its run tells of the last; and each way has its own."""
+    teacher = made_run(tmp_path / 'teacher', 'big', 5, 36, 4)
+    guess(teacher, 'predictions.npz', student=0.1)
+    alone = made_run(tmp_path / 'alone-0', 'net', 0, 4)
+    kd, dml, late = (made_run(tmp_path / f'{name}-0', 'net', 0, 20, method=name, teacher_resume=str(teacher / file))
+                     for name, file in (('kd', 'best.pth'), ('dml', 'none.pth'), ('sp', 'last.pth')))
+    for folder, file, shares in ((kd, 'start.npz', {'teacher': 0.9, 'student': 0.2}), (kd, 'predictions.npz', {
+            'student': 0.9}), (late, 'predictions.npz', {'student': 0.1}), (dml, 'predictions.npz', {
+            'student': 0.5, 'teacher': 0.5}), (alone, 'predictions.npz', {'student': 0.4})):
+        guess(folder, file, **shares)
+    result = json.loads((kd / 'result.json').read_text())
+    (kd / 'result.json').write_text(json.dumps(result | {'teacher_score': {'correct1': 36, 'n': 40}}))
+    page = Page(*collect([alone, dml, kd, late], []))
+    ways = {way.name: way for way in page.ways}
+    assert [page.agreement(ways[name]) for name in ('kd', 'dml', 'sp')] == [100] * 3
+    assert page.agreement(ways['alone']) == 90  # of the first that taught, DML's: from 40 to 50 % they differ
+    assert page.gap(ways['kd']) == 80 and page.gap(ways['sp']) == 0  # 90 and 10 % over 10 %
+    assert [way.name for way in page.teacher] == ['teacher']
+
+
+def test_a_teacher_among_the_runs_is_not_the_student_alone(tmp_path):
+    teacher = made_run(tmp_path / 'a-teacher', 'big', 5, 36)
+    alone, kd = made_run(tmp_path / 'b-alone-0', 'net', 0, 4), made_run(
+        tmp_path / 'kd-0', 'net', 0, 20, method='kd', teacher_resume=str(teacher / 'best.pth'))
+    page = Page(*collect([teacher, alone, kd], []))
+    assert [way.name for way in page.teacher] == ['a-teacher'] and page.alone.name == 'b-alone'
+    other = made_run(tmp_path / 'another-0', 'other', 0, 4)
+    assert Page(*collect([other, alone, kd], [])).alone.name == 'b-alone'
+
+
+def test_runs_that_ended_early_do_not_count_beside_finished_ones(tmp_path):
+    runs = [made_run(tmp_path / f'kd-{seed}', 'net', seed, *[20] * n, epochs=2, method='kd')
+            for seed, n in enumerate((2, 1))]
+    for run, share in zip(runs, (1.0, 0.0)):
+        guess(run, 'predictions.npz', student=share)
+    (way,), _ = collect(runs, [])
+    assert len(way.finished) == 1 and way.mean_of(per_class).tolist() == [100] * 4
+    (way,), _ = collect(runs[1:], [])
+    assert way.mean_of(per_class).tolist() == [0] * 4
+
+
+def test_other_training_images_are_other_data(tell, tmp_path):
+    runs = [made_run(tmp_path / name, 'net', seed, 3) for name, seed in (('kd-0', 0), ('kd-1', 1), ('sp-0', 0))]
+    for run, images in zip(runs, ('100 + 40 images a', '90 + 40 images b', '90 + 40 images b')):
+        result = json.loads((run / 'result.json').read_text())
+        (run / 'result.json').write_text(json.dumps(result | {'images': images}))
+    assert 'differ in images' in tell(*runs[:2], '-o', tmp_path / 'a.html').err
+    assert 'different data: they differ in the images' in tell(runs[0], runs[2], '-o', tmp_path / 'a.html').err
+
+
+@pytest.mark.parametrize('n', [2, 3, 5, 9, 30])
+def test_what_chance_makes_likely_is_welchs(n):
+    scipy = pytest.importorskip('scipy')
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        one, other = rng.normal(1.5, 1, n), rng.normal(0, 3, n)
+        error, largest = likely(one.tolist(), other.tolist())
+        wanted = scipy.stats.ttest_ind(one, other, equal_var=False)
+        freedom = int(wanted.df)  # rounded down, so as not to be told apart too soon
+        assert error == pytest.approx(abs(one.mean() - other.mean()) / abs(wanted.statistic))
+        assert largest == pytest.approx(error * scipy.stats.t.ppf(0.975, freedom), rel=5e-3)
+    assert likely([1.0, 1.0], [2.0, 2.0]) == (0, 0)
+
+
+def test_a_short_axis_has_numbers_too():
+    assert powers(0.8, 60) == [1, 2, 5, 10, 20, 50]
+    assert powers(2.1, 4.9) == [3, 4] and len(powers(6.65, 7.6)) > 3
 
 
 def test_the_page_while_runs_go_on(tell, tmp_path):
