@@ -75,7 +75,8 @@ def test_evaluation_and_sample_batches_are_the_same(rank, world):
     assert_equal_batches(*(list(TrainData(*loaders).sample(2, 13)) for loaders in zip(training, plain)))
 
 
-@pytest.mark.parametrize('flags', [[], ['--channels-last', '--mixup', 1, '--cutmix', 1]], ids=['plain', 'mixed'])
+@pytest.mark.parametrize('flags', [[], ['--channels-last', '--mixup', 1, '--cutmix', 1], ['--crop-padding', 'reflect']],
+                         ids=['plain', 'mixed', 'reflected'])
 def test_batches_are_normalised_as_alone(flags, monkeypatch):
     """The device's, many at once; what is mixed is mixed batch by batch."""
     monkeypatch.setattr(data, 'TOGETHER', 8)
@@ -391,3 +392,13 @@ def test_no_method_makes_a_gpu_wait(name):
             guard.loss(sum(losses.values())).backward()
             guard.update(optimizer, torch.amp.GradScaler('cpu', enabled=False))
     assert not waits.found
+
+
+def test_tables_are_of_one_teacher_and_one_data_set(tmp_path):
+    teacher, source = zoo.make('same')[1], Dummy(3, 10, 32)
+    for identity, padding in ('t abc', 'zeros'), ('t def', 'zeros'), ('t abc', 'reflect'):
+        train = TrainData(ResidentLoader(Images(source, ShiftView(arguments(), 1, 3)), TrainOrder(3, 2, 1, 0, 0, 1),
+                                         Resident(source, CPU, padding)))
+        TeacherCache(teacher, identity, {'logits'}, train, Prepare(arguments(), CPU), CPU,
+                     argparse.Namespace(cache_dir=tmp_path, dataset='cifar10'))
+    assert len([*tmp_path.iterdir()]) == 3

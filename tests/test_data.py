@@ -22,7 +22,7 @@ from utils.randomness import generator, seeded
 from utils.resident import Resident
 from utils.slots import Slots
 from utils.sources import Cifar, Dummy, Folder, load_source, read, read_jpeg
-from utils.views import STATISTICS, CenterView, CropView, ShiftView, shifts
+from utils.views import STATISTICS, CenterView, CropView, ShiftView, random_extras, shifts
 
 
 def arguments(*flags):
@@ -199,6 +199,26 @@ def test_official_cifar_files(tmp_path, monkeypatch):
     expected = np.random.default_rng(20).integers(0, 256, (20, 3072), np.uint8)[7].reshape(3, 32, 32)
     assert np.array_equal(np.asarray(image).transpose(2, 0, 1), expected) and target == 7
     assert len(source.classes) == 100 and source.name(7) == 'cifar100 train image 7'
+    valid = load_source(conftest.arguments(tmp_path, '--dataset', 'cifar100'), train=False)
+    expected = np.random.default_rng(10).integers(0, 256, (10, 3072), np.uint8)[7].reshape(3, 32, 32)
+    assert len(valid) == 10 and valid.name(7) == 'cifar100 test image 7'
+    assert np.array_equal(np.asarray(valid.load(7)[0]).transpose(2, 0, 1), expected)
+
+
+def test_cifar_images_are_resized_and_augmented():
+    image = Dummy(1, 10, 32).load(0)[0]
+    small, large, erased = (ShiftView(arguments('--dataset', 'cifar10', *more), 1, 50)(image, 2, 3)
+                            for more in ([], ['--image-size', 64], ['--random-erasing', 1]))
+    assert torch.equal(large, v2.functional.resize(small, [64, 64]))
+    assert erased.shape == small.shape and not torch.equal(erased, small)
+
+
+@pytest.mark.parametrize('dataset, policy', [('imagefolder', 'IMAGENET'), ('cifar10', 'CIFAR10')])
+def test_what_follows_crop_and_flip_is_what_was_asked_for(dataset, policy):
+    auto, erasing = random_extras(arguments('--dataset', dataset, '--auto-augment', 'autoaugment', '--random-erasing',
+                                            0.3)).transforms
+    assert auto.policy.name == policy and erasing.p == 0.3
+    assert erasing.value == [round(255 * m) for m in STATISTICS[dataset][0]]
 
 
 def test_seeded_streams_differ_and_repeat():

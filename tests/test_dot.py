@@ -5,9 +5,11 @@ import pytest
 import torch
 from test_optim import arguments
 from torch import nn
+from zoo import make_batch
 
 from utils.dot import DOT
 from utils.guard import Guard
+from utils.learner import Learner
 from utils.optim import make_optimizer
 
 LR, MU, DELTA, DECAY = 0.02, 0.9, 0.075, 0.01
@@ -107,3 +109,19 @@ def test_a_parameter_that_no_loss_reaches_stays():
     *others, unused = train(model, DOT(model.parameters(), LR, MU, DELTA, DECAY), [[[0.3]], [[0.9]]])
     assert unused == 3
     assert others == train(plain, DOT(plain.parameters(), LR, MU, DELTA, DECAY), [[[0.3]], [[0.9]]])
+
+
+class Task(Toy):
+    def forward(self, batch):
+        ce, kd = super().forward(batch.images)
+        return torch.zeros(1, 5), {'ce': ce, 'kd': kd}
+
+
+def test_a_learner_tells_labels_from_distillation():
+    task, inputs = Task(), [[0.3], [-0.2], [0.9], [0.1]]
+    learner = Learner(task, DOT(task.parameters(), LR, MU, DELTA, DECAY),
+                      torch.amp.GradScaler('cpu', enabled=False), torch.device('cpu'), arguments())
+    for x, in inputs:
+        learner.learn(make_batch(1)._replace(images=torch.tensor(x)))
+        learner.step()
+    assert [p.item() for p in task.parameters()] == pytest.approx(by_hand(inputs), rel=1e-5)

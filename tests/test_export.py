@@ -103,6 +103,14 @@ def test_the_card_loads_the_averaged_weights_into_torchvisions_network(plain, im
         torch.testing.assert_close(network(x), ours(x))
 
 
+def test_the_card_prepares_images_as_an_evaluation_does(plain, images, ship, tmp_path):
+    ship(plain, '--format', 'torch', '-o', tmp_path / 's.pth')
+    lines, scope = lines_of(tmp_path / 's.pth.md')[0].split('prepare =')[1].split('with torch')[0], {}
+    exec(f'import torch\nfrom torchvision.transforms import v2\nprepare ={lines}', scope)
+    found = [scope['prepare'](Image.open(path)) for path in sorted((images / 'valid').glob('*/*.jpg'))[:4]]
+    torch.testing.assert_close(torch.stack(found), folder_images(images))
+
+
 def test_a_card_tells_where_the_weights_are_from(reused, ship, tmp_path):
     made = ship(reused, '--format', 'torch', '-o', tmp_path / 'student.pth')
     card, result = (tmp_path / 'student.pth.md').read_text(), json.loads((reused / 'result.json').read_text())

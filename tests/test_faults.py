@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -110,6 +111,7 @@ def test_evaluation_integers_are_those_of_one_process(tmp_path, base):
     for name in ('student', 'teacher'):
         assert [one[name][k] for k in ('correct1', 'correct5', 'n')] == \
                [three[name][k] for k in ('correct1', 'correct5', 'n')]
+        np.testing.assert_allclose(*(np.load(tmp_path / n / 'evaluate.npz')[name] for n in ('one', 'three')), rtol=1e-4)
 
 
 @pytest.mark.parametrize('mode, updates', [('process', (3, 3, 4)), ('torchrun 2', (3, 2))])

@@ -294,11 +294,17 @@ def test_predictions_are_each_image_once(monkeypatch):
             self.index, self.bad = torch.tensor(index), torch.full((len(index),), -1)
             self.images, self.target = images[self.index], torch.tensor(Source.targets)[self.index]
 
+    class Turned(torch.nn.Module):
+        def forward(self, x):
+            return torch.where(x[:, :1] > 0, x, -x)
+
     images = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     loader = Loader([Batch([4, 0, 6]), Batch([2, 1, 3, 5])])
     loader.dataset = type('Images', (), {'source': Source, '__len__': lambda self: 7})()
-    scores = evaluate({'student': torch.nn.Identity()}, loader, lambda batch: batch, torch.device('cpu'),
-                      type('Args', (), {'amp': 'off', 'compile': False}))
+    scores = evaluate({'student': torch.nn.Identity(), 'teacher': Turned()}, loader, lambda batch: batch,
+                      torch.device('cpu'), type('Args', (), {'amp': 'off', 'compile': False}))
+    assert scores['agreement'] == pytest.approx(100 * (images[:, 0] > 0).double().mean().item())
+    assert 0 < scores['agreement'] < 100
     guess, sure = scores['predictions']['student']
     for i, row in enumerate(images.tolist()):
         powers = [math.exp(x) for x in row]

@@ -159,7 +159,6 @@ def test_teacher_and_student_in_one_pass(base, images, tmp_path):
                 '--teacher-resume', paths[1], '--output', tmp_path / 'both').json('evaluate.json')['scores']
     alone = base(images, '-e', '-a', 'mobilenet_v2', '--student-resume', paths[1], '--output', tmp_path / 'alone')
     assert both['teacher'] == alone.json('evaluate.json')['scores']['student']
-    assert 0 <= both['agreement'] <= 100
     same = base(images, '-e', '--student-resume', paths[0], '--teacher-arch', 'resnet8', '--teacher-resume', paths[0],
                 '--output', tmp_path / 'same').json('evaluate.json')['scores']
     assert same['agreement'] == 100 and same['teacher'] == same['student']
@@ -580,3 +579,31 @@ def test_what_ends_in_an_error_leaves_the_files_of_its_epochs(base, images, tmp_
     ended.clear()
     rest = base(*flags)
     assert rest.code == 0 and 'resumed from' in rest.out and 'epoch 1, sample 0' in rest.out
+
+
+def test_a_run_goes_on_with_the_seed_that_it_drew(base, images, tmp_path):
+    flags = [images, '-a', 'resnet8', '--image-size', 32, '-b', 8, '-j', 0, '--no-accel', '--epochs', 1, '--output',
+             tmp_path]
+    with at_call(2):
+        assert base(*flags, quick=False).code == signals.EXIT_INTERRUPTED
+    drawn = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['seed']
+    assert base(*flags, quick=False).json()['seed'] == drawn
+
+
+def test_each_update_draws_anew(base, plain, tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(engine, 'seed_everything', lambda *key: keys.append(key) or seed_everything(*key))
+    base(*plain, '--epochs', 2, '--output', tmp_path)
+    assert keys == [(3, 'update', epoch, sample, 0) for epoch in (0, 1) for sample in (0, 13, 26)]
+
+
+def test_machines_are_counted(monkeypatch):
+    """Of which each has -b images."""
+    told = []
+    monkeypatch.setattr(distributed, '_run', lambda worker, args, *where, **more: told.append((*where, *more.values())))
+    monkeypatch.setattr(distributed.os, 'setpgid', lambda *_: None)
+    for name, value in {'RANK': 3, 'WORLD_SIZE': 4, 'LOCAL_RANK': 1, 'LOCAL_WORLD_SIZE': 2}.items():
+        monkeypatch.setenv(name, str(value))
+    distributed.launch(None, arguments('--dummy', '--no-accel'))
+    distributed._spawned(1, None, None, 1, 2, 2, 'env://')
+    assert told == [(3, 4, 1, 'env://', 2)] * 2
