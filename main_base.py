@@ -29,8 +29,7 @@ def worker(args, device):
 
     # data
     train, valid, classes = load_data(args, run.seed, device)
-    if train:
-        run.facts['images'] = contents(train, valid)
+    run.tie(images=contents(train, valid))
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
@@ -48,7 +47,7 @@ def worker(args, device):
         return
     if args.student_resume:
         checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
-        run.facts['start'] = checkpoint.fingerprint(student)
+        run.tie(start=checkpoint.fingerprint(student))
 
     # what trains it
     ema = make_ema(student, args)

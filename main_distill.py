@@ -101,22 +101,21 @@ def worker(args, device):
 
     # data
     train, valid, classes = load_data(args, run.seed, device)
-    if train:
-        run.facts['images'] = contents(train, valid)
+    run.tie(images=contents(train, valid))
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
     # teacher and its weights
     seed_everything(run.seed, 'teacher')
-    untrained = any(DISTILLERS[name].trains_teacher for name in args.distiller)
-    teacher = build_teacher(args, outputs, not (args.teacher_resume or args.dummy or untrained), shows=True)
+    learns = any(DISTILLERS[name].trains_teacher for name in args.distiller)
+    teacher = build_teacher(args, outputs, not (args.teacher_resume or args.dummy or learns), shows=True)
     teacher = setup.place(teacher, device, args)
     if args.teacher_resume:
         checkpoint.load_weights(teacher, args.teacher_resume, f'--teacher-arch {args.teacher_arch}', classes)
     elif args.dummy:
         distributed.say('note: made-up images, made-up teacher: its weights are random')
-    run.facts['teacher'] = identity(teacher, args)
-    if not untrained:  # runs of several --seeds share one of these weights
+    run.tie(teacher=identity(teacher, args))
+    if not learns:  # runs of several --seeds share one of these weights
         teacher = together.shared(run.facts['teacher'], lambda: teacher)
 
     # student and its weights
@@ -124,7 +123,7 @@ def worker(args, device):
     student = setup.place(build_student(args, outputs, args.pretrained, shows=True), device, args)
     if args.student_resume and not args.evaluate:
         checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
-        run.facts['start'] = checkpoint.fingerprint(student)
+        run.tie(start=checkpoint.fingerprint(student))
 
     # distillers, which probe both at this size; an evaluation needs only those that the student predicts through
     student.image_size = teacher.image_size = args.image_size
@@ -152,7 +151,7 @@ def worker(args, device):
     both = {'student': distributed.replicated(network, device, args),
             'teacher': distributed.replicated(teacher, device, args)}
     if args.evaluate:
-        if untrained and not args.teacher_resume:  # it has learned beside the student, or is random
+        if learns and not args.teacher_resume:  # it has learned beside the student, or is random
             if run.saved and 'teacher' in run.saved:
                 checkpoint.fill(teacher, run.saved['teacher'], run.origin, f'--teacher-arch {args.teacher_arch}')
             else:

@@ -188,8 +188,8 @@ def main(arguments=None):
                      'GFLOP': flops / 1e9, 'ms by bytes': by_bytes, 'ms by FLOP': by_flops,
                      'over bound': ms / max(by_bytes, by_flops)})
     dearest = sorted(kernels.items(), key=lambda kernel: -kernel[1]['ms'])[:10]
-    record = {'command': command(), 'git': git_revision(), 'device': device_name(settings), 'versions': versions(),
-              **sizes, **how, 'compile': args.compile,
+    record = {'command': command(), 'git': git_revision(), 'device': device_name(settings.device),
+              'versions': versions(), **sizes, **how, 'compile': args.compile,
               'copy, GB/s': bytes_per_ms / 1e6, f'product in {kind}, TFLOP/s': flops_per_ms / 1e9,
               'a step, ms': step, 'images/s': 1e3 * sizes['batch'] / step, 'without MGD, ms': without,
               'MGD adds': step / without - 1, 'its parts, ms': total}

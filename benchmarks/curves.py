@@ -22,7 +22,6 @@ import torch
 
 from utils.run import git_revision
 
-from .harness import Settings
 from .run import ROOT, command, device_name, versions
 
 LIMIT, SEEDS, EPOCHS, BATCH = 3.0, 5, 6, 40
@@ -83,7 +82,7 @@ def main(arguments=None) -> int:
     print(f'\n{"deviations from the mean of the seeds":<44}{"":8}at most {LIMIT:g}')
     for option, distance in zip(options, far):
         print(f'{option:<44}{distance:10.2f}  {"ok" if distance <= LIMIT else "TOO FAR"}')
-    record = {'command': command(), 'git': git_revision(), 'device': device_name(Settings(torch.device(args.device))),
+    record = {'command': command(), 'git': git_revision(), 'device': device_name(torch.device(args.device)),
               'versions': versions(), 'seeds': curves[:SEEDS].tolist(), 'limit': LIMIT,
               'options': {option: {'losses': curve, 'deviations': distance}
                           for option, curve, distance in zip(options, curves[SEEDS:].tolist(), far)}}

@@ -210,7 +210,7 @@ def difference(row: Row, ours: dict, baseline: dict) -> float:
 
 def available(precision: str, device: torch.device) -> bool:
     """bfloat16 is slower than float32 where the processor has no instructions for it."""
-    return {'fp32': True, 'tf32': device.type == 'cuda', 'bf16': has_bf16(device)}[precision]
+    return precision != 'bf16' or has_bf16(device)
 
 
 def products(run: Callable, variants: Mapping[str, Variant], device: torch.device) -> Limit:

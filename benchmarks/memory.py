@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from utils.cost import forget_peak, peak, status
 from utils.heap import keep_memory
 from utils.setup import full_float32
 
@@ -55,25 +56,13 @@ def growth_of(run, device: torch.device) -> tuple[float, float]:
 
 def forget(device: torch.device):
     """The peak so far, and on a CPU what is free but still counts as taken."""
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
+    if device.type == 'cpu':
         ctypes.CDLL(None).malloc_trim(0)
-        Path('/proc/self/clear_refs').write_text('5')
+    forget_peak(device)
 
 
 def held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == 'cuda' else resident('VmRSS')
-
-
-def peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resident('VmHWM')
-
-
-def resident(key: str) -> int:
-    """Bytes. Not getrusage: its peak is inherited, a child starts with that of the process that forked it."""
-    status = Path('/proc/self/status').read_text()
-    return 1024 * int(status.partition(f'{key}:')[2].split()[0])
+    return torch.cuda.memory_allocated(device) if device.type == 'cuda' else status('VmRSS')
 
 
 def main(given: str):

@@ -90,7 +90,7 @@ def folder(settings: Settings, name: str) -> Path:
     return settings.peers / name.partition('/')[2]
 
 
-def revision(settings: Settings, name: str = MGD) -> str:
+def revision(settings: Settings, name: str) -> str:
     command = ['git', '-C', str(folder(settings, name)), 'rev-parse', 'HEAD']
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or 'of unknown revision'
 
@@ -111,7 +111,7 @@ def copied(network: nn.Module, source: nn.Module) -> nn.Module:
 
 def mgd_step(settings: Settings, student, teacher, method, batch, amp='off'):
     """A step as in its main_mgd.py."""
-    peer = load(settings.peers / 'mgd')
+    peer = load(folder(settings, MGD))
     t_net = copied(peer.networks.resnet50(), teacher)
     s_net = copied(peer.networks.mobilenet_v1(), student)
     with helped(settings):
@@ -143,7 +143,7 @@ class Shape(nn.Module):
 
 def flow_of(settings: Settings, s_channels, t_channels):
     with helped(settings):
-        return load(settings.peers / 'mgd').distiller.MGDistiller(Shape(t_channels), Shape(s_channels))
+        return load(folder(settings, MGD)).distiller.MGDistiller(Shape(t_channels), Shape(s_channels))
 
 
 def tracking(settings: Settings, stages, features):
@@ -171,7 +171,7 @@ def assignment(settings: Settings, cost, g):
 
 
 def mobilenet_v2(settings: Settings, network):
-    return copied(load(settings.peers / 'mgd').networks.mobilenet_v2(), network).train()
+    return copied(load(folder(settings, MGD)).networks.mobilenet_v2(), network).train()
 
 
 def features(network, x):

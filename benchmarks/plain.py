@@ -89,10 +89,10 @@ def restarted_features(network, x):
     return logits, preacts
 
 
-def plain_kd_step(student, teacher, batch, temperature=4.0):
+def plain_kd_step(student, teacher, batch):
     """A training step of KD in float32."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    criterion, T = nn.CrossEntropyLoss(), temperature
+    criterion, T = nn.CrossEntropyLoss(), 4.0
 
     def run():
         with torch.no_grad():

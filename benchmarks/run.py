@@ -52,8 +52,8 @@ def main(cases=CASES, arguments=None) -> int:
                         args.batch)
 
     facts = {'command': command(), 'time': datetime.now().isoformat(timespec='seconds'),
-             'device': device_name(settings), 'threads': args.threads, 'rounds': args.rounds, 'git': git_revision(),
-             'versions': versions()}
+             'device': device_name(settings.device), 'threads': args.threads, 'rounds': args.rounds,
+             'git': git_revision(), 'versions': versions()}
     if args.peers:
         facts['peers'] = {name: peers.revision(settings, name) for name in peers.PEERS
                           if not peers.trouble(settings, name)}
@@ -135,9 +135,9 @@ def command() -> list[str]:
     return [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
 
 
-def device_name(settings: Settings) -> str:
-    if settings.device.type == 'cuda':
-        return torch.cuda.get_device_name(settings.device)
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
     cpu = Path('/proc/cpuinfo')
     model = [line for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.exists() else []
     return model[0].partition(': ')[2] if model else platform.processor()

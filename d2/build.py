@@ -2,7 +2,6 @@
 import re
 from pathlib import Path
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -111,4 +110,4 @@ def check_images(student: nn.Module, teacher: nn.Module):
 
 def student_of(model: nn.Module) -> nn.Module:
     """What DistributedDataParallel may be around."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -67,8 +67,8 @@ class Distilled:
                 t.logits = box_logits(self.teacher, maps, s.boxes)
         with torch.autocast(self.device.type, enabled=False):  # sums over maps do not fit half precision
             for name, method in self.kd.items():
-                names = self.names[name]
-                pair = (x.features(names) if names else x.classification() for x in (s, t))
+                own = self.names[name]
+                pair = (x.features(own) if own else x.classification() for x in (s, t))
                 found = method(*pair, SimpleNamespace(target=s.target))
                 losses |= {f'loss_{key}': loss for key, loss in found.items()}  # Detectron2 prints what has that name
         return losses

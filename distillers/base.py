@@ -93,7 +93,7 @@ class Distillation(nn.Module):
         else:  # not a submodule: no optimizer, checkpoint, DDP or train() ever meets it; whoever built it moves it
             object.__setattr__(self, 'teacher', teacher.eval().requires_grad_(False))
         if ce_weight is None:
-            ce_weight = next(iter(methods)).default_ce_weight if len(distillers) == 1 else 1.0
+            ce_weight = default_ce_weight([*methods])
         self.ce_weight, self.label_smoothing, self.standardize = ce_weight, label_smoothing, standardize
         reads = [distiller.teacher_reads for distiller in methods]
         self.unread = [] if None in reads else [f for f in ('preact', 'maps') if f not in {*chain(*reads)}]
@@ -220,6 +220,11 @@ class Adapted(nn.Module):
     def forward(self, x, features: bool = False):
         s = adapt(self.distillers.values(), self.student(x, features=True))
         return s if features else s.logits
+
+
+def default_ce_weight(methods: list) -> float:
+    """Of the cross entropy beside them: a method's own where it runs alone."""
+    return methods[0].default_ce_weight if len(methods) == 1 else 1.0
 
 
 OUTPUTS = {'logits', 'pooled'}  # fields of a teacher's features that a TeacherCache keeps

@@ -153,7 +153,7 @@ class TeacherCache:
         return self.prepare_images(batch)
 
     def unknown(self, rows=slice(None)) -> torch.Tensor:
-        """Which of them. By numpy, as every update asks: in a quarter of torch's time."""
+        """Places, among these rows, of views not known. By numpy, as all updates ask: in a quarter of torch's time."""
         known = np.logical_and.reduce([table.known.numpy()[rows] for table in self.tables.values()])
         return torch.from_numpy(np.flatnonzero(~known))
 
@@ -178,22 +178,23 @@ class TeacherCache:
 
     def fill(self) -> bool:
         """Let the teacher look at all that is not known, each rank for itself; False where a signal asks to stop."""
-        resident, began, saved = self.train.resident(self.device), time.monotonic(), time.monotonic()
+        resident, began, done = self.train.resident(self.device), time.monotonic(), 0
         unknown, (_, at_once) = self.unknown(), AT_ONCE[self.device.type]
-        for number, rows in enumerate(unknown.split(at_once), 1):
-            if signals.caught():
-                break
-            index, view = rows // VIEWS, rows % VIEWS
-            there = [x.to(self.device, non_blocking=True) for x in (index, view)]
-            self.look(Batch(resident.views(*there), there[0], index, None, view=view))
-            done = min(number * at_once, len(unknown))
-            if time.monotonic() - saved > SAVE_EVERY or done == len(unknown):
-                self.save()
-                saved = time.monotonic()
+        while True:
+            until = time.monotonic() + SAVE_EVERY  # then all ranks hear of each other
+            while done < len(unknown) and time.monotonic() < until and not signals.caught():
+                rows = unknown[done:done + at_once]
+                index, view = rows // VIEWS, rows % VIEWS
+                there = [x.to(self.device, non_blocking=True) for x in (index, view)]
+                self.look(Batch(resident.views(*there), there[0], index, None, view=view))
+                done += len(rows)
+            self.save()
+            if len(unknown):
                 distributed.say(f'teacher cache: {done:,} of {len(unknown):,} views filled in, '
-                                f'{done / (saved - began):,.0f} per second')
-        stop, = distributed.agree(signals.caught())
-        return not stop
+                                f'{done / (time.monotonic() - began):,.0f} per second')
+            left, stop = distributed.agree(len(unknown) - done, signals.caught())
+            if stop or not left:
+                return not stop
 
     def save(self):
         self.wait()

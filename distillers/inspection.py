@@ -25,7 +25,7 @@ from utils.closely import now
 from utils.cost import cut, device_name, loading, measure, preparation, step
 from utils.data import Prepare, bad_allowed, contents, load_data
 from utils.engine import Supervised
-from utils.folder import refuse_harm
+from utils.folder import NO_LOCKS, refuse_harm
 from utils.meters import hits
 from utils.optim import make_ema, make_optimizer
 from utils.order import TrainOrder, spread
@@ -60,7 +60,7 @@ class Findings:
             said.write(f'\n{stop.code}')
         except Exception as error:  # whatever it is
             kind = '' if isinstance(error, (ValueError, OSError)) else f'{type(error).__name__}: '
-            said.write(f'\nerror: {kind}{(str(error).strip() or type(error).__name__).splitlines()[0]}')
+            said.write(f'\nerror: {kind}{checkpoint.line(error)}')
         for line in said.getvalue().split('\n'):
             if line.startswith('error: '):
                 self.problems.append(what + line.removeprefix('error: '))
@@ -132,7 +132,7 @@ def worker(args, device):
             if args.teacher_stream:
                 made.teach_beside(device)
         with found.listing('--cache-teacher: '):
-            if args.cache_teacher != 'off' and real:
+            if made and args.cache_teacher != 'off' and real:
                 if args.cache_dir:
                     check_folder('--cache-dir', Path(args.cache_dir))
                 made.stand_in = cache = TeacherCache(made.teacher, run.facts['teacher'], made.read_of_teacher(), train,
@@ -252,10 +252,10 @@ def find_data(args, one, seed, device, found: Findings) -> tuple:
 def find_networks(args, outputs, classes: list[str] | None, seed, device, found: Findings) -> tuple[dict, dict, dict]:
     """By name those that can be made, where their weights are from, and what is to be told of them."""
     methods = getattr(args, 'distiller', [])
-    untrained = any(DISTILLERS[name].trains_teacher for name in methods)
+    learns = any(DISTILLERS[name].trains_teacher for name in methods)
     wanted = {'student': (build_student, args.pretrained, args.student_resume, f'--arch {args.arch}', None)}
     if methods:
-        wanted['teacher'] = (build_teacher, not (args.teacher_resume or args.dummy or untrained), args.teacher_resume,
+        wanted['teacher'] = (build_teacher, not (args.teacher_resume or args.dummy or learns), args.teacher_resume,
                              f'--teacher-arch {args.teacher_arch}', classes)
     networks, origins, columns = {}, {}, {}
     for name, (build, published, file, flag, known) in wanted.items():
@@ -302,6 +302,9 @@ def check_folder(flag: str, folder: Path):
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f'error: another run is writing to {folder}')
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
 
 def check_images(wrong: dict[str, list[str]], sources: dict, args, found: Findings):

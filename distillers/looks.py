@@ -23,7 +23,7 @@ DECODED = 64  # images of each split
 
 
 def at_data(sources: dict) -> tuple[list[tuple], dict[str, list[str]]]:
-    """And of each split, what is wrong with images that cannot be read."""
+    """The rows of the table, and for each split what is wrong with images that cannot be read."""
     columns, wrong = [], {}
     for split, source in sources.items():
         sizes, modes, broken = [], Counter(), []

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Distiller, positive, probe
-from .mgd import PartialL2, margins_of, measured, negative, tells_margins
+from .margins import PartialL2, margins_of, measured, negative, tells_margins
 from .parts import Pairing, conv_bn, stage_pairs
 
 

@@ -43,7 +43,8 @@ def smaller(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 def averaged(f: Tensor, size: list[int]) -> Tensor:
     """adaptive_avg_pool2d, of which a GPU refuses the way back under --deterministic.
 
-    Where the sides are multiples a plain pool is the same, and elsewhere, then, means along one side and the other are.
+    Where the old sides are multiples of the new, a plain pool is the same; elsewhere, then, means are taken along one
+    side, and then along the other.
     """
     sides = f.shape[2:]
     if all(old % new == 0 for old, new in zip(sides, size)):

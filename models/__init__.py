@@ -7,7 +7,7 @@
 
 Each of our own has `feature_channels`, `feature_norms` (the last norm before each stage's activation, or None) and
 `classifier` (the final linear layer), all read from its modules. Where the files that RepDistiller and mdistiller
-published for CIFAR call a parameter otherwise, `published_name(name)` tells how.
+published for CIFAR, or MGD's for ImageNet, call a parameter otherwise, `published_name(name)` tells how.
 """
 import importlib
 import inspect

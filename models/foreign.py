@@ -45,16 +45,16 @@ class Renormalised(Wrapper):
     """A network that gets the images of another: normalised by other statistics, of another size, or both.
 
     given, wanted: mean and std of the channels
-    size: side of the images that the network wants, or None
+    size: side of the images that the network wants
     """
 
-    def __init__(self, network: nn.Module, given, wanted, size: int | None = None):
+    def __init__(self, network: nn.Module, given, wanted, size: int):
         super().__init__(network)
         (mean, std), (mean_t, std_t) = (torch.tensor(x, dtype=torch.float64).view(2, 3, 1, 1) for x in (given, wanted))
         self.register_buffer('scale', (std / std_t).float(), persistent=False)
         self.register_buffer('shift', ((mean - mean_t) / std_t).float(), persistent=False)
         self.size = size
-        self.identity = f', images of mean {wanted[0]}, std {wanted[1]}' + f' and {size} pixels' * bool(size)
+        self.identity = f', images of mean {wanted[0]}, std {wanted[1]} and {size} pixels'
 
     @property
     def classifier(self) -> nn.Module:
@@ -70,7 +70,7 @@ class Renormalised(Wrapper):
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
         x = x * self.scale + self.shift
-        if self.size and list(x.shape[2:]) != [self.size, self.size]:
+        if list(x.shape[2:]) != [self.size, self.size]:
             x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
         return self.network(x, features=True) if features else self.network(x)  # the network may be a bare one
 

@@ -187,7 +187,9 @@ for pair in $pairs; do
                 recipe+=(--teacher-arch "${pair%%-*}")
                 [[ $method == dml || $DATA == --dummy ]] ||
                     recipe+=(--teacher-resume "${teacher:=$folder/base-${pair%%-*}-0/last.pth}")
-                if [[ $teacher ]] && grep -qs '"finished": false' "${teacher%/*}/result.json"; then
+                home=${teacher%/*}  # of a run, unless somebody has put weights there, and nothing else
+                if [[ -e $home/args.json || -e $home/result.json ]] && ! grep -qs '"finished": true' "$home/result.json"
+                then
                     echo "error: $name: the teacher, ${teacher%/*}, is still learning" >&2
                     failed=1
                     continue

@@ -79,6 +79,12 @@ def command(method: str, seed: int, out: Path, args, flags: list[str]) -> list[s
             '--output', str(out)]
 
 
+def named(gpu: str) -> str:
+    """By its number among those that can be seen, as the scripts count."""
+    seen = dict(enumerate(filter(None, os.environ.get('CUDA_VISIBLE_DEVICES', '').split(','))))
+    return seen.get(int(gpu), gpu) if gpu.isdigit() else gpu
+
+
 class Job:
     """A run to come, under way or over."""
 
@@ -164,7 +170,7 @@ def train(jobs, count, gpus) -> int:
             if waiting and slot not in running and not caught:
                 job = waiting.pop(0)
                 threads = {'OMP_NUM_THREADS': str(max((os.cpu_count() or 1) // count, 1))}
-                gpu = {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {}
+                gpu = {'CUDA_VISIBLE_DEVICES': named(gpus[slot % len(gpus)])} if gpus else {}
                 if job.start(threads | os.environ | gpu):
                     running[slot] = job
                     if caught:  # meanwhile

@@ -1,4 +1,4 @@
-"""What a run has left in its folder so far, read without a complaint about what is missing, or with one."""
+"""What the scripts share: how they read a run's folder, without a complaint or with one, refuse, and name pictures."""
 import json
 import sys
 from pathlib import Path

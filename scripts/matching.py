@@ -20,7 +20,7 @@ from utils import checkpoint
 
 def read_stages(run):
     """[(flow [g, sc], margins [tc])] of the newest checkpoint, shallow to deep, and the checkpoint's progress."""
-    content, path = checkpoint.newest(run / 'checkpoint.pth', lambda line: print(line, file=sys.stderr))
+    content, path = checkpoint.newest(run / 'checkpoint.pth')
     if content is None:
         refuse(f'{run} has no checkpoint.pth yet')
     state = content.get('distillers', {})

@@ -9,6 +9,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, adapts
+from distillers.base import default_ce_weight
 from distillers.flags import values_of
 from distillers.networks import is_function
 from models import NETWORKS, torchvision_names
@@ -137,9 +138,8 @@ def facts(args, path, record, network, meta) -> dict:
         for name in args.distiller:
             values = values_of(DISTILLERS, name, args).items()
             rows[f'method: {name}'] = ', '.join(f'{key} {value}' for key, value in values)
-        own = [DISTILLERS[name].default_ce_weight for name in args.distiller]
-        weight = args.ce_weight if args.ce_weight is not None else own[0] if len(own) == 1 else 1.0
-        rows["factor of the labels' cross entropy"] = weight
+        default = default_ce_weight([DISTILLERS[name] for name in args.distiller])
+        rows["factor of the labels' cross entropy"] = default if args.ce_weight is None else args.ce_weight
     return rows | {
         'seed': record.get('seed'), 'command': f'`{record.get("command")}`',
         'code': record.get('git') or 'not known',

@@ -52,7 +52,7 @@ class Page:
                                refresh='<meta http-equiv="refresh" content="30">' * bool(self.running))
 
     def head(self, title):
-        n = next((run.images for run in self.runs if run.images), None)
+        n = next((run.validated for run in self.runs if run.validated), None)
         under = {way.arguments.get('teacher_arch') for way in self.taught}
         facts = [f'{n:,} validation images' if n else '',
                  f'{len(self.names)} classes' if self.names is not None else '',
@@ -87,7 +87,7 @@ class Page:
         return scores[0] - self.alone.last if scores and self.alone and self.alone.last is not None else None
 
     def teacher_of(self, way):
-        """Guesses of its teacher, or of the first for who has none, and the name of it among them."""
+        """Guesses of its teacher, or for a way without one of the first that is known, and its name among them."""
         return self.teachers.get(way, (None, None) if way.taught else (self.guesses, self.who))
 
     def agreement(self, way):

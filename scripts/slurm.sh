@@ -41,8 +41,11 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not share a port
 
 # torchrun hands TERM on (USR1 only if it is new enough), but would kill its workers 30 seconds later, amid the saving.
+# (So torch 2.8 does, which knows no such variable.)
 # --kill-on-bad-exit=0: the first node to stop must not take away the one that still writes the checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
+# A store of their own for each round of workers: nodes count restarts each for itself, so ranks cannot tell them apart.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-gpu}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first_node:$port" --rdzv-id "$SLURM_JOB_ID" \

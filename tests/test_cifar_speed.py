@@ -79,7 +79,7 @@ def test_evaluation_and_sample_batches_are_the_same(rank, world):
                          ids=['plain', 'mixed', 'reflected'])
 def test_batches_are_normalised_as_alone(flags, monkeypatch):
     """The device's, many at once; what is mixed is mixed batch by batch."""
-    monkeypatch.setattr(data, 'TOGETHER', 8)
+    monkeypatch.setattr(data, 'AT_ONCE', 8)
     found = []
     for backend in ('device', 'loader'):
         args = arguments('--dummy-images', '21', '-b', '4', '--data-backend', backend, *map(str, flags))
@@ -199,7 +199,7 @@ def test_resume_with_a_cache_is_exact_and_off_is_another_run(distill, tmp_path):
 
 def test_the_teacher_looks_at_several_batches_at_once(monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(data, 'TOGETHER', 64)
+    monkeypatch.setattr(data, 'AT_ONCE', 64)
     args, source = arguments(), Dummy(70, 10, 32)
     asked, logits = [], []
     for ahead in (False, True):

@@ -270,8 +270,10 @@ def test_nobody_learns_from_a_teacher_that_still_learns(tmp_path):
     teacher.parent.mkdir(parents=True)
     (tmp_path / 'python').write_text('#!/bin/sh\necho run\n')
     (tmp_path / 'python').chmod(0o755)
-    for finished in (False, True):
-        teacher.write_text(json.dumps({'finished': finished}, indent=1))
+    for finished, content in (False, ''), (False, json.dumps({'finished': False}, indent=1)), (
+            True, json.dumps({'finished': True}, indent=1)):
+        teacher.with_name('args.json').touch()
+        teacher.write_text(content)
         run = recipe(tmp_path, 'cifar100_same.sh', 'kd', 'resnet56-resnet20 resnet110-resnet20', 0, DATA='/data',
                      RUNS=tmp_path)
         assert run.stdout.count('run') == 1 + finished and run.returncode == 1 - finished

@@ -16,7 +16,8 @@ def test_flags_of_pytorch_examples_and_mgd_keep_their_meaning():
                  '--dist-backend', 'gloo', '--seed', '7', '--gpu', '0', '--multiprocessing-distributed',
                  '--lr-drop-ratio', '0.2', '--lr-drop-epochs', '31', '61', '--warmup', '1', '--warmup-epochs', '5',
                  '--sync-bn', '0', '--teacher-resume', 't.pth', '--student-resume', 's.pth')
-    assert (args.lr, args.weight_decay, args.batch_size, args.workers, args.gpu) == (0.2, 5e-4, 512, 8, 0)
+    assert (args.lr, args.weight_decay, args.batch_size, args.workers) == (0.2, 5e-4, 512, 8)
+    assert args.gpu is None and arguments('/data', '--gpu', '0').gpu == 0  # each of several processes has its own
     assert args.warmup is True and args.sync_bn is False and args.lr_drop_epochs == [31, 61]
     assert args.teacher_arch == 'resnet152' and arguments('/data').teacher_arch == 'resnet50'
     assert arguments('/data', '--weight-decay', '1').weight_decay == 1 and arguments('/data', '--lr', '1').lr == 1
@@ -30,6 +31,31 @@ def test_argument_files(tmp_path):
     (tmp_path / 'recipe').write_text('# MGD on CUB\n--lr 0.01 --nesterov   # as published\n--lr-drop-epochs 31 61 81\n')
     args = arguments('/data', f'@{tmp_path / "recipe"}', '--lr', '0.02')
     assert args.nesterov and args.lr == 0.02 and args.lr_drop_epochs == [31, 61, 81]
+
+
+def test_the_rate_drops_every_30_epochs_as_in_pytorch_examples():
+    assert [arguments('--dummy', '--epochs', n).lr_drop_epochs for n in (1, 90, 120, 121)] == [
+        [30, 60, 90], [30, 60, 90], [30, 60, 90], [30, 60, 90, 120]]
+
+
+def test_each_rank_takes_a_gpu_of_its_own(base, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    run = base('/data', '--gpu', 1, quick=False)
+    assert run.code == 2 and '--gpu 1 would be that of every process' in run.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('momentum, delta', [(0.95, 0.075), (0.05, 0.075)])
+def test_dot_has_two_momenta_that_are_some(distill, momentum, delta):
+    run = distill('/data', '--optimizer', 'dot', '--momentum', momentum, '--dot-delta', delta, quick=False)
+    assert run.code == 2 and f'--momentum {momentum} less and more --dot-delta {delta}' in run.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('url', ['localhost:1234', 'tcp://localhost', 'env://'])
+def test_a_place_to_meet_that_is_none_is_said(base, url, monkeypatch):
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    run = base('--dummy', '--world-size', 2, '--rank', 0, '--dist-url', url, '--no-accel', quick=False)
+    assert run.code == 1 and run.err.count('\n') == 1
+    assert run.err.startswith(f'error: --dist-url {url} is no place to meet')
 
 
 def test_a_quote_that_does_not_end_is_a_wrong_flag(tmp_path, base):
@@ -78,6 +104,9 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     (['/data', '--teacher-resume', 'x'], 'main_distill.py trains with a teacher'),
     (['/data', '--learning-rat0', '1'], 'unrecognized arguments'),
     (['/data', '--start-epoch', '90'], 'behind the last epoch'),
+    (['/data', '--multiprocessing-distributed', '--dist-url', 'env://'], "--dist-url env:// is torchrun's"),
+    (['/data', '--dist-timeout', '1e7'], '1e7 is not in (0, 2000000.0'),
+    (['/data', '--lr-drop-ratio', '10'], '10 is not in (0, 1'),
     (['@/nowhere'], 'No such file'),
 ])
 def test_wrong_flags(flags, complaint, base):

@@ -112,7 +112,7 @@ def test_an_update_waits_for_nothing(name):
 
 @pytest.mark.parametrize('kind', [ResidentLoader, TeacherCache, CropLoader])
 def test_batches_on_the_device_wait_for_nothing(kind, monkeypatch):
-    monkeypatch.setattr(data, 'TOGETHER', 8)
+    monkeypatch.setattr(data, 'AT_ONCE', 8)
     source, args = Dummy(40, 3, 32), base_parser('').parse_args(['--dummy', '--image-size', '32'])
     prepare = Prepare(args, GPU)
     if kind is CropLoader:

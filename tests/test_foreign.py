@@ -488,7 +488,7 @@ def test_the_teacher_gets_its_own_images(capsys):
     mean, std, mean_t, std_t = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
     given = pixels.normalize(raw, mean, std)
     network = nn.Sequential(nn.Identity())
-    torch.testing.assert_close(Renormalised(network, (mean, std), (mean_t, std_t))(given),
+    torch.testing.assert_close(Renormalised(network, (mean, std), (mean_t, std_t), 48)(given),
                                pixels.normalize(raw, mean_t, std_t))
     torch.testing.assert_close(Renormalised(network, (mean, std), (mean_t, std_t), 32)(given),
                                pixels.normalize(pixels.resize(raw, [32, 32], antialias=True), mean_t, std_t))

@@ -6,6 +6,7 @@ from zoo import build, pictures, with_statistics
 
 from models import create_model, model_names
 from models.imagenet import NETWORKS
+from utils import checkpoint
 
 TORCHVISION = [name for name in torchvision.models.list_models(module=torchvision.models) if name in NETWORKS]
 
@@ -179,3 +180,33 @@ def test_mobilenet_v1_has_no_published_weights():
     with pytest.raises(ValueError, match=r'mobilenet_v1.*file') as error:
         create_model('mobilenet_v1', pretrained=True)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['mobilenet_v2', 'mobilenet_v2_mgd', 'shufflenet_v2', 'shufflenet_v2_x0_5'])
+def test_files_of_mgd_load(name, tmp_path):
+    """Whose MobileNetV2 begins and ends in blocks, and whose ShuffleNetV2 counts the ReLU that a branch begins with."""
+    network = with_statistics(build(name))
+    own, theirs = network.state_dict(), {}
+    for key, value in own.items():
+        first, *_ = parts = key.split('.')
+        if 'mobilenet' in name:
+            parts = [first, parts[1], 'conv', *parts[2:]] if parts[1] in ('0', '18') else parts
+            parts = ['classifier', '0', parts[2]] if first == 'classifier' else parts
+        elif first == 'conv5' or (first.startswith('stage') and parts[:2] != ['stage2', '0']):
+            parts[-2] = str(int(parts[-2]) + 1)
+        theirs['.'.join(parts)] = value
+    assert theirs.keys() != own.keys() and len(theirs) == len(own)
+    for content in theirs, own:  # and torchvision's
+        torch.save(content, tmp_path / 'w.pth')
+        loaded = build(name)
+        checkpoint.load_weights(loaded, tmp_path / 'w.pth')
+        assert_same_tensors(loaded.state_dict(), own)
+
+
+def test_files_of_networks_with_dataparallel_inside_load(tmp_path):
+    network = torch.nn.ModuleDict({'features': torch.nn.Conv2d(3, 4, 1), 'classifier': torch.nn.Linear(4, 2)})
+    torch.save({'state_dict': {key.replace('features.', 'features.module.'): value
+                               for key, value in network.state_dict().items()}}, tmp_path / 'w.pth')
+    other = torch.nn.ModuleDict({'features': torch.nn.Conv2d(3, 4, 1), 'classifier': torch.nn.Linear(4, 2)})
+    checkpoint.load_weights(other, tmp_path / 'w.pth')
+    assert_same_tensors(other.state_dict(), network.state_dict())

@@ -280,6 +280,13 @@ def test_numbers_from_guesses_are_those_of_plain_loops():
     assert confusions(told, 'student', known) == counts
 
 
+def test_gpus_are_counted_among_those_that_can_be_seen(monkeypatch):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert [compare.named(gpu) for gpu in ('1', 'GPU-a')] == ['1', 'GPU-a']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5')
+    assert [compare.named(gpu) for gpu in ('0', '1', '2', 'GPU-a')] == ['4', '5', '2', 'GPU-a']
+
+
 # What training records
 
 def test_predictions_are_each_image_once(monkeypatch):

@@ -401,17 +401,17 @@ def test_memory_that_was_freed_is_taken_again_and_no_child_holds_it():
         import resource
         import threading
         import torch
-        from benchmarks.memory import resident
+        from utils.cost import status
         from utils import distributed
         from utils.args import base_parser
 
         def work():
-            before, small = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, resident('RssAnon')
+            before, small = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, status('RssAnon')
             for _ in range(40):
                 torch.ones(2**24)
-            faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident('RssAnon')
+            faults, large = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, status('RssAnon')
             if not os.fork():
-                print(faults, (large - small) >> 20, (resident('RssAnon') - small) >> 20, flush=True)
+                print(faults, (large - small) >> 20, (status('RssAnon') - small) >> 20, flush=True)
                 os._exit(0)
 
         def in_a_thread(args, device):
@@ -607,3 +607,48 @@ def test_machines_are_counted(monkeypatch):
     distributed.launch(None, arguments('--dummy', '--no-accel'))
     distributed._spawned(1, None, None, 1, 2, 2, 'env://')
     assert told == [(3, 4, 1, 'env://', 2)] * 2
+
+
+def test_without_a_number_on_its_node_a_process_is_refused(base, monkeypatch):
+    """As of srun, whose processes would count as a node each."""
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}.items():
+        monkeypatch.setenv(name, value)
+    run = base('--dummy', '--no-accel')
+    assert run.code == 1 and 'but not LOCAL_RANK and LOCAL_WORLD_SIZE' in run.err and run.err.count('\n') == 1
+
+
+def test_a_restarted_run_finds_its_own_folder(tmp_path, monkeypatch):
+    """Not that of another run of the same day, nor one that has left no word."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['main_base.py'])
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job')
+    runs = [tmp_path / 'runs' / f'base-dummy-resnet18-{number}' for number in range(3)]
+    for run, word in zip(runs, (distributed.launched_by(), 'other 7', '')):
+        run.mkdir(parents=True)
+        (run / '.lock').write_text(word)
+
+    def chosen():
+        return folder.default_output(arguments('--dummy')).resolve()
+    assert chosen() not in runs
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert chosen() == runs[0]
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
+    assert chosen() not in runs
+    with folder.lock(runs[0]):
+        assert (runs[0] / '.lock').read_text() == distributed.launched_by() != ''
+        assert chosen() == runs[0]
+
+
+@pytest.mark.parametrize('what', ['images', 'student'])
+def test_ranks_that_evaluate_other_things_are_refused(base, plain, tmp_path, monkeypatch, what):
+    genuine = Run.tie
+
+    def tie(self, **facts):
+        with monkeypatch.context() as patch:
+            if what in facts:
+                patch.setattr(distributed, 'gather', lambda fact: [fact, 'others'])
+            genuine(self, **facts)
+    monkeypatch.setattr(Run, 'tie', tie)
+    run = base(*plain, '--evaluate', '--output', tmp_path)
+    assert run.code == 1 and f'the ranks differ in their {what}: ' in run.err and ', others' in run.err

@@ -97,7 +97,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--exact-pixels', action='store_true',
                    help='training images are resized by PIL, to the bit as in classic scripts, instead of by torch, '
                         'which may round a pixel the other way; those to evaluate always are')
-    g.add_argument('-j', '--workers', type=natural, default=4, metavar='N', help='loader processes per rank')
+    g.add_argument('-j', '--workers', type=natural, default=4, metavar='N',
+                   help='loader processes of a rank, for each of training, evaluation and what methods look at')
     g.add_argument('--max-bad-images', type=natural, metavar='N',
                    help='unreadable training images of one epoch to replace before giving up (default: a thousandth of '
                         'all, but one at least)')
@@ -135,8 +136,10 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('optimization')
     g.add_argument('--epochs', type=count, default=90, metavar='N', help='without those of the warm-up')
-    g.add_argument('--start-epoch', type=natural, default=0, metavar='N', help='manual epoch number')
-    g.add_argument('-b', '--batch-size', type=count, default=256, metavar='N', help='of all devices of one node')
+    g.add_argument('--start-epoch', type=natural, default=0, metavar='N',
+                   help='first epoch of a new run, counted from 0')
+    g.add_argument('-b', '--batch-size', type=count, default=256, metavar='N',
+                   help='of all devices of one node (a process started by hand is one)')
     g.add_argument('--accum-steps', type=count, default=1, metavar='N', help='batches per update')
     g.add_argument('--optimizer', choices=('sgd', 'adamw', 'dot'), default='sgd',
                    help='dot: SGD with a longer memory for the distillation than for the labels (main_distill.py)')
@@ -152,19 +155,20 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--clip-grad', type=positive, metavar='NORM', help='largest gradient norm (default: no limit)')
     g.add_argument('--schedule', choices=('step', 'cosine', 'linear', 'constant'), default='step',
                    help='course of the learning rate')
-    g.add_argument('--lr-drop-ratio', type=positive, default=0.1, metavar='R', help='of --schedule step')
-    g.add_argument('--lr-drop-epochs', type=natural, nargs='+', default=[30, 60, 90], metavar='E',
-                   help='epochs, counted from 0, that are the first at a lower rate')
+    g.add_argument('--lr-drop-ratio', type=number(float, 0, 1, above=True), default=0.1, metavar='R',
+                   help='factor of each drop of --schedule step')
+    g.add_argument('--lr-drop-epochs', type=natural, nargs='+', metavar='E',
+                   help='epochs, counted from 0, that are the first at a lower rate (default: every 30)')
     g.add_argument('--warmup', **on, help='prepend epochs with a linearly growing rate, starting at a tenth')
     g.add_argument('--warmup-epochs', type=count, default=10, metavar='N', help='their number; all drops shift by it')
     g.add_argument('--warmup-by', choices=('epoch', 'iteration'), default='epoch', help='how often the rate grows')
     g.add_argument('--ema', type=fraction, default=0.0, metavar='DECAY',
-                   help='average the weights; the average is what is evaluated and shipped (0: off)')
+                   help='average the weights over updates; the average is what is evaluated and shipped (0: off)')
 
     g = parser.add_argument_group('speed')
     g.add_argument('--fast', action='store_true',
-                   help='--channels-last, --amp bf16 where there are instructions for it, --fold-teacher if it stands '
-                        'still')
+                   help='--channels-last, --amp bf16 where there are instructions for it, --fold-teacher if the '
+                        'teacher stands still')
     g.add_argument('--amp', choices=('off', 'bf16', 'fp16'), default='off', help='mixed precision')
     g.add_argument('--channels-last', **on, help='memory layout of images and weights')
     g.add_argument('--compile', nargs='?', const='default', default=False, type=compile_mode, metavar='MODE',
@@ -203,10 +207,11 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--procs-per-node', type=count, metavar='N',
                    help='processes of --multiprocessing-distributed (default: one per GPU)')
     g.add_argument('--world-size', type=int, default=-1, metavar='NODES', help='number of nodes (default: one)')
-    g.add_argument('--rank', type=int, default=-1, metavar='NODE', help='number of this node (default: none)')
+    g.add_argument('--rank', type=int, default=-1, metavar='NODE',
+                   help='number of this node, from 0, or of a process started by hand (default: none)')
     g.add_argument('--dist-url', metavar='URL', help='where ranks meet, tcp://HOST:PORT')
     g.add_argument('--dist-backend', default='nccl', help='for GPUs; CPUs always use gloo')
-    g.add_argument('--dist-timeout', type=positive, default=1800, metavar='SECONDS',
+    g.add_argument('--dist-timeout', type=number(float, 0, 2e6, above=True), default=1800, metavar='SECONDS',
                    help='a rank, or a loader process, silent for so long ends the run')
     return parser
 
@@ -221,6 +226,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error('--output is DIR, the folder of the images: name another one')
     if args.gpu is not None and args.no_accel:
         parser.error(f'--gpu {args.gpu} is asked for, but so is --no-accel')
+    if args.gpu is not None and 'TORCHELASTIC_RUN_ID' in os.environ:
+        parser.error(f'--gpu {args.gpu} would be that of every process: leave it out, each takes its own')
+    if args.multiprocessing_distributed:  # each process takes its own, as in pytorch/examples
+        args.gpu = None
+    if args.multiprocessing_distributed and (args.dist_url or '').startswith('env://'):
+        parser.error('--dist-url env:// is torchrun\'s; --multiprocessing-distributed takes tcp://HOST:PORT')
     if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
         parser.error(f'--world-size {args.world_size} needs --rank NODE and --dist-url tcp://HOST:PORT')
     if args.rank >= max(args.world_size, 1):
@@ -237,6 +248,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
             ('warmup-epochs', '--warmup', args.warmup), ('warmup-by', '--warmup', args.warmup))
             if not there and getattr(args, name.replace('-', '_')) != parser.get_default(name.replace('-', '_'))]:
         parser.error(f'nothing reads {", ".join(idle)}')
+    if args.optimizer == 'dot' and not args.dot_delta <= args.momentum < 1 - args.dot_delta:
+        parser.error(f'--optimizer dot: --momentum {args.momentum:g} less and more --dot-delta {args.dot_delta:g} have '
+                     'to be at least 0 and below 1')
     if args.optimizer == 'dot' and (args.amp == 'fp16' or args.clip_grad):
         parser.error('--optimizer dot keeps two gradients apart, which --amp fp16 and --clip-grad do not: leave them')
     if args.optimizer == 'dot' and args.compile not in (False, 'default'):
@@ -253,6 +267,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         check_seeds(parser, args)
     if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:
         parser.error('--start-epoch lies behind the last epoch')
+    args.lr_drop_epochs = args.lr_drop_epochs or [*range(30, max(args.epochs, 91), 30)]  # as StepLR(30), without end
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
     if args.exact_pixels and args.dataset != 'imagefolder':
         parser.error('--exact-pixels is for image folders: nothing is resized in CIFAR')
@@ -275,7 +290,7 @@ def check_graph(parser, args):
     others = {f'--optimizer {args.optimizer}': args.optimizer != 'sgd', f'--accum-steps {args.accum_steps}':
               args.accum_steps > 1, '--amp fp16': args.amp == 'fp16', '--no-accel': args.no_accel,
               f'--compile {args.compile}': args.compile not in (False, 'default'), **several_processes(args)}
-    if other := next((name for name, given in others.items() if given), None):
+    if other := first(others):
         parser.error(f'--cuda-graph records the one batch of an update of SGD on one GPU, not together with {other}')
 
 
@@ -286,22 +301,27 @@ def check_seeds(parser, args):
         parser.error('--seeds names a seed twice')
     others = {'--seed': args.seed is not None, '--evaluate': args.evaluate, **several_processes(args),
               f'--compile {args.compile}': args.compile not in (False, 'default')}  # graphs that belong to one thread
-    if other := next((name for name, given in others.items() if given), None):
+    if other := first(others):
         parser.error(f'--seeds trains several runs in one process, not together with {other}')
+
+
+def first(reasons: dict) -> str:
+    """The first that holds; nothing if none does."""
+    return next((reason for reason, holds in reasons.items() if holds), '')
 
 
 def further_augmentation(args: argparse.Namespace) -> str:
     """What is done to single images beyond crop and flip; nothing if nothing is."""
     reasons = {f'--auto-augment {args.auto_augment}': args.auto_augment != 'off',
                f'--random-erasing {args.random_erasing:g}': args.random_erasing}
-    return next((reason for reason, holds in reasons.items() if holds), '')
+    return first(reasons)
 
 
 def beyond_crop_and_flip(args: argparse.Namespace) -> str:
     """What makes single images something else than CIFAR's, cropped and flipped; nothing if nothing does."""
     reasons = {f'--dataset {args.dataset}': args.dataset == 'imagefolder',
                f'--image-size {args.image_size}': args.image_size != 32}
-    return next((reason for reason, holds in reasons.items() if holds), further_augmentation(args))
+    return first(reasons) or further_augmentation(args)
 
 
 def beyond_the_device(args: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ checkpoint.pth is a plain dict:
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
     facts      what else the run is tied to: hashes of its images' names, of the weights it starts from,
-               and of the teacher's, with what that gets
+               and of the teacher's, with the images that it gets
     classes    of the data, in the order of the outputs
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.
@@ -53,6 +53,8 @@ def append(path: Path, line: str):
     try:
         with open(path, 'a') as f:
             f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
     except OSError as error:
         sys.exit(f'error: cannot write {path}: {why(error, path)}; the last checkpoint is intact')
 
@@ -64,7 +66,7 @@ def remove(path: Path):
 
 
 def why(error: Exception, path: Path) -> str:
-    return f'{_line(error)}' + f' ({free(path)})' * (not isinstance(error, PermissionError))
+    return line(error) + f' ({free(path)})' * (not isinstance(error, PermissionError))
 
 
 def free(path: Path) -> str:
@@ -77,16 +79,17 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def previous(path: Path) -> Path:
-    return path.with_name(f'{path.stem}.previous{path.suffix}')
+def places(path: Path) -> tuple[Path, Path, Path]:
+    """Where a checkpoint may lie, the newest first."""
+    return path.with_name(path.name + '.new'), path, path.with_name(f'{path.stem}.previous{path.suffix}')
 
 
 def save(path: Path, content: dict):
     """Write a checkpoint and keep the one before it."""
-    new = path.with_name(path.name + '.new')
+    new, _, before = places(path)
     write(new, content)
     if path.exists():
-        os.replace(path, previous(path))
+        os.replace(path, before)
     os.replace(new, path)  # between these two renames the previous one is what a resume finds
 
 
@@ -106,13 +109,13 @@ def read(path: Path) -> dict:
     except PermissionError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror}') from None
     except Exception as error:  # there is no end to what a broken file can raise
-        raise ValueError(f'{path} is damaged or no checkpoint: {_line(error).partition(". ")[0]}') from None
+        raise ValueError(f'{path} is damaged or no checkpoint: {line(error).partition(". ")[0]}') from None
 
 
-def newest(path: Path, report=print) -> tuple[dict | None, Path | None]:
+def newest(path: Path) -> tuple[dict | None, Path | None]:
     """The newest valid checkpoint of a run's folder, looking past damaged ones and saying so."""
     damaged = False
-    for candidate in (path.with_name(path.name + '.new'), path, previous(path)):
+    for candidate in places(path):
         if candidate.exists():
             try:
                 content = read(candidate)
@@ -120,7 +123,7 @@ def newest(path: Path, report=print) -> tuple[dict | None, Path | None]:
                     raise ValueError(f'{candidate} is no checkpoint of these scripts')
                 return content, candidate
             except ValueError as error:
-                report(f'{error}; looking for an older one')
+                print(f'{error}; looking for an older one', file=sys.stderr)
                 damaged = True
     if damaged:
         sys.exit(f'error: no valid checkpoint in {path.parent} (--overwrite starts anew)')
@@ -143,7 +146,8 @@ def weights_of(content, path) -> dict:
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(key.startswith(prefix) for key in content):
             content = {key[len(prefix):]: value for key, value in content.items()}
-    return content
+    # pytorch/examples has DataParallel around these layers of AlexNet and VGG alone.
+    return {key.replace('features.module.', 'features.'): value for key, value in content.items()}
 
 
 def outputs_of(content, path) -> int:
@@ -178,13 +182,16 @@ def by_own_names(network: nn.Module, weights: dict) -> dict:
 
     Files of PyTorch 0.4.0 and before have no norm's counter of batches; it starts at 0, as load_state_dict has it.
     """
-    published_name = getattr(network, 'published_name', lambda name: name)
-    own = {published_name(name): name for name in network.state_dict()}
-    renamed = {own.get(name, name): value for name, value in weights.items()}
-    if len(renamed) != len(weights):  # two would become one
-        return weights
-    counters = {name: torch.tensor(0) for name in own.values() if name.endswith('num_batches_tracked')}
-    return renamed if counters.keys() & renamed.keys() else counters | renamed
+    names = network.state_dict().keys()
+    counters = {name: torch.tensor(0) for name in names if name.endswith('num_batches_tracked')}
+    if not names - counters.keys() <= weights.keys():
+        published_name = getattr(network, 'published_name', lambda name: name)
+        own = {published_name(name): name for name in names}
+        renamed = {own.get(name, name): value for name, value in weights.items()}
+        if len(renamed) != len(weights):  # two would become one
+            return weights
+        weights = renamed
+    return weights if counters.keys() & weights.keys() else counters | weights
 
 
 def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
@@ -218,5 +225,5 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _line(error) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

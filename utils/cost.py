@@ -69,7 +69,7 @@ def step(batch, task, images, prepare, optimizer, scaler, ema, run, device, args
 
 
 def measure(batch, how, device) -> dict[str, float]:
-    """That, of a batch or, where this takes too long, of some of its images; and the peak of memory with them."""
+    """step() of a batch or, where this takes too long, of some of its images; and the peak of memory with them."""
     forget_peak(device)
     images = len(batch.target)
     if device.type == 'cpu' and images > TINY:
@@ -110,10 +110,15 @@ def forget_peak(device):
 
 
 def peak(device) -> int:
-    """Bytes: of the process, on a CPU, where the system tells; else 0."""
+    """Bytes, on a CPU those of the process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * int(STATUS.read_text().partition('VmHWM:')[2].split()[0]) if STATUS.exists() else 0
+    return status('VmHWM')
+
+
+def status(key: str) -> int:
+    """Bytes of this process, where the system tells, else 0. Not getrusage: a child inherits its peak."""
+    return 1024 * int(STATUS.read_text().partition(f'{key}:')[2].split()[0]) if STATUS.exists() else 0
 
 
 def memory(device) -> int:

@@ -33,7 +33,7 @@ from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
 PREFETCH = 2  # batches that each loader process is ahead
-TOGETHER = 1024  # of them, over all ranks, are cropped and normalised at once: by as many kernels as a few would be
+AT_ONCE = 1024  # images, over all ranks, cropped and normalised by as many kernels as a few would take
 
 
 class Batch(NamedTuple):
@@ -120,7 +120,7 @@ class ResidentLoader:
 
     def __iter__(self):
         device, batches = self.resident.targets.device, iter(self.batch_sampler)
-        while some := list(islice(batches, max(TOGETHER // self.batch_sampler.batch, 1))):
+        while some := list(islice(batches, max(AT_ONCE // self.batch_sampler.batch, 1))):
             index = torch.tensor([number for keys in some for _, number in keys])
             view = torch.as_tensor(self.dataset.view.number(some[0][0][0], index)).expand(len(index)).contiguous()
             if device.type == 'cuda':
@@ -267,9 +267,10 @@ def why_not(train, device) -> str:
     return f'{size / 1e9:.1f} GB of images, {free / 1e9:.1f} GB free on the device' if size > free / 2 else ''
 
 
-def contents(train: TrainData, valid) -> str:
+def contents(train: TrainData | None, valid) -> str:
     """What a run on these images is tied to: their number, and a hash of their names and classes."""
-    sources, digest = (train.images.source, valid.dataset.source), hashlib.sha256()
+    sources, digest = [valid.dataset.source], hashlib.sha256()
+    sources = [train.images.source, *sources] if train else sources
     for source in sources:
         root = str(getattr(source, 'root', ''))  # a copy elsewhere is the same
         made = manifest(Path(root).parent) if root else {}  # a copy by prepare.py is not what it was made from

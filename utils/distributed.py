@@ -37,20 +37,21 @@ def launch(worker, args):
     """Run worker(args, device) in as many processes as the command line and the environment ask for."""
     if args.gpu is not None and args.gpu >= torch.cuda.device_count():
         sys.exit(f'error: --gpu {args.gpu} is asked for, but {torch.cuda.device_count()} GPUs are visible')
-    gpus = 0 if args.no_accel else torch.cuda.device_count()
+    ranks, nodes = planned(args)
+    if under_torchrun() and ranks > 1 and not {'LOCAL_RANK', 'LOCAL_WORLD_SIZE'} <= os.environ.keys():
+        sys.exit('error: WORLD_SIZE is set, as by torchrun, but not LOCAL_RANK and LOCAL_WORLD_SIZE, the number of '
+                 'this process on its node and of processes there: set them, too, or unset WORLD_SIZE and RANK')
     if args.inspect:  # one process looks at what the ranks would do
         if int(os.environ.get('RANK', args.rank)) <= 0:
             _run(worker, args)
     elif under_torchrun() and not args.multiprocessing_distributed:
-        _run(worker, args, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
-             int(os.environ.get('LOCAL_RANK', 0)), 'env://',
-             nodes=int(os.environ['WORLD_SIZE']) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        _run(worker, args, int(os.environ['RANK']), ranks, int(os.environ.get('LOCAL_RANK', 0)), 'env://', nodes)
     elif args.multiprocessing_distributed:
-        _spawn(worker, args, args.procs_per_node or max(gpus, 1))
+        _spawn(worker, args, ranks // nodes)
     elif args.world_size > 1:  # as in pytorch/examples: every process is started by hand
-        _run(worker, args, args.rank, args.world_size, args.gpu or 0, args.dist_url, nodes=args.world_size)
+        _run(worker, args, args.rank, ranks, args.gpu or 0, args.dist_url, nodes)
     else:
-        _run(partial(together.train, partial(_told, worker)) if args.seeds else worker, args)
+        _run(partial(together.train, partial(_one_of_several, worker)) if args.seeds else worker, args)
 
 
 def under_torchrun() -> bool:
@@ -58,7 +59,7 @@ def under_torchrun() -> bool:
 
 
 def planned(args) -> tuple[int, int]:
-    """How many ranks on how many nodes launch would start, were it not for --inspect."""
+    """How many ranks on how many nodes."""
     if under_torchrun() and not args.multiprocessing_distributed:
         ranks = int(os.environ['WORLD_SIZE'])
         return ranks, ranks // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -127,8 +128,8 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         dist.destroy_process_group()
 
 
-def _told(worker, args, device):
-    """One of several runs in a process."""
+def _one_of_several(worker, args, device):
+    """Of the runs that share a process."""
     with in_lines(0, args):
         worker(args, device)
 
@@ -151,9 +152,15 @@ def in_lines(rank: int, args):
 def _join(url, rank, world, device, args):
     backend = f'cpu:gloo,cuda:{args.dist_backend}' if device.type == 'cuda' else 'gloo'
     timeout = timedelta(seconds=args.dist_timeout)
-    store, rank, world = next(dist.rendezvous(url, rank, world, timeout=timeout))
-    # torchrun's store outlives a restart, and so would the addresses of ranks that are gone.
-    store = dist.PrefixStore(f'attempt {restarts()}', store)
+    try:
+        store, rank, world = next(dist.rendezvous(url, rank, world, timeout=timeout))
+    except (ValueError, RuntimeError) as error:
+        if 'rendezvous' not in str(error):
+            raise
+        sys.exit(f'error: --dist-url {url} is no place to meet, such as tcp://HOST:PORT: {error}')
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # torchrun's store outlives a restart, and so would the addresses of ranks that are gone.
+        store = dist.PrefixStore(f'attempt {restarts()}', store)
     dist.init_process_group(backend, store=store, world_size=world, rank=rank, timeout=timeout,
                             device_id=device if device.type == 'cuda' else None)
     if sys.version_info < (3, 12):
@@ -187,7 +194,8 @@ def in_words(error: Exception, rank: int, args) -> str:
     words = ('gloo', 'Application timeout', 'Connection', 'client socket', 'NCCL')
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
-                f'seconds), was killed, or has told its own error. {text}')
+                f'seconds), was killed, or has told its own error. {text}'
+                + '. Nodes meet by the interface that GLOO_SOCKET_IFNAME names' * ('connectFullMesh' in str(error)))
     return ''
 
 
@@ -208,6 +216,12 @@ def remove_torn(error: Exception) -> str:
 def restarts() -> int:
     """How often torchrun has started this run again."""
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+
+def launched_by() -> str:
+    """Which torchrun, on this machine, has started this process; nothing without one."""
+    name = os.environ.get('TORCHELASTIC_RUN_ID')
+    return f'{name} {os.getppid()}' if name else ''
 
 
 def rank() -> int:

@@ -12,7 +12,7 @@ from .learner import Learner
 from .meters import Display, Meter, hits
 from .optim import learning_rate, set_learning_rate, total_epochs
 from .randomness import seed_everything
-from .setup import begin_update, precision
+from .setup import begin_step, precision
 
 EXIT_BROKEN = 3  # a loss or gradient was not finite, or a prediction is no number
 
@@ -45,7 +45,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
         if (due := learning_rate(epoch + progress['sample'] / order.length, args)) != rate:
             set_learning_rate(learner.optimizer, rate := due)
         together.hand_over()
-        begin_update(args)
+        begin_step(args)
         seed_everything(run.seed, 'update', epoch, progress['sample'], distributed.rank())
         update = -(-end // size)
         look.begin(update)
@@ -130,7 +130,7 @@ def evaluate(networks: dict[str, nn.Module], loader, prepare, device, args) -> d
     began = time.monotonic()
     for batch in loader:
         together.hand_over()
-        begin_update(args)
+        begin_step(args)
         if signals.caught():
             break
         if (batch.bad >= 0).any():  # a score with another image in its place would be another data set's

@@ -16,12 +16,13 @@ TORN = [f'{name}.tmp' for name in FILES]  # of a process that was killed while i
 
 
 def default_output(args) -> Path:
-    """runs/SCRIPT-DATA-NETWORK-TIME; a run that torchrun restarts finds the one it had."""
+    """runs/SCRIPT-DATA-NETWORK-TIME; a run that torchrun restarts finds the one it had, by what its lock says."""
     data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
     stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
-    earlier = sorted(Path('runs').glob(stem + '[0-9]*'))
-    if distributed.restarts() and earlier:
-        return earlier[-1]
+    if distributed.restarts():
+        for lock in Path('runs').glob(f'{stem}[0-9]*/.lock'):
+            if lock.read_text() == distributed.launched_by():
+                return lock.parent
     folder = new = Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
     number = 1
     while new.exists():  # of a run that began in the same second
@@ -32,7 +33,7 @@ def default_output(args) -> Path:
 
 def stamps(folder: Path) -> list:
     """What tells the checkpoints that are there from those of a moment later."""
-    files = [folder / name for name in ('checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth')]
+    files = checkpoint.places(folder / 'checkpoint.pth')
     found = [file.stat() if file.exists() else None for file in files]
     return [stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found]
 
@@ -58,16 +59,22 @@ def make(folder: Path):
         sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network file systems without any say
+
+
 def lock(folder: Path) -> TextIOBase:
     """A file that keeps other processes out as long as it is open; workers do not inherit it."""
     try:
-        file = open(folder / '.lock', 'w')  # noqa: SIM115
+        file = open(folder / '.lock', 'a')  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f'error: another run is writing to {folder}')
     except OSError as error:
-        if error.errno != errno.ENOLCK:  # some network file systems have no locks
+        if error.errno not in NO_LOCKS:
             sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
+    file.truncate(0)
+    file.write(distributed.launched_by())
+    file.flush()
     return file
 
 
@@ -90,7 +97,7 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:
     """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone.
 
-    They are where a later epoch has left better ones, but was killed before its checkpoint.
+    They are gone where a later epoch has left better ones, but was killed before its checkpoint.
     """
     try:
         if json.loads((source / 'result.json').read_text())['best'] == best:

@@ -16,7 +16,7 @@ class Guard:
         """`buffers`: those to bring back, if the run is to go on."""
         self.one = torch.ones((), device=device)  # NaN after the first number that isn't finite: 0 times it is NaN
         self.goes_on = buffers is not None
-        self.groups = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: 0 for b in buffers or []}]
+        self.groups = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers or []}]
         self.before = []
 
     def begin(self):

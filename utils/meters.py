@@ -32,7 +32,7 @@ def percentages(sums: dict) -> dict:
     record = {'loss': sums.get('loss', 0.0) / n}
     for k in ('top1', 'top5'):
         record[k] = 100 * sums.get(k, 0) / n
-    parts = {k[5:]: v / n for k, v in sums.items() if k.startswith('loss/')}
+    parts = {k.removeprefix('loss/'): v / n for k, v in sums.items() if k.startswith('loss/')}
     if parts:  # each in full, and as a share of their sum
         record['losses'] = parts
         record['shares'] = {k: v / record['loss'] if record['loss'] else 0.0 for k, v in parts.items()}
@@ -81,7 +81,7 @@ class Meter:
         rows = [(*batch, dict(zip(self.names, row))) for batch, row in zip(self.batches, values)]
         troubles, losses = {}, {}  # by update; of its last batch
         for update, _, _, parts in rows:
-            losses[update] = {k[5:]: v for k, v in parts.items() if k.startswith('loss/')}
+            losses[update] = {k.removeprefix('loss/'): v for k, v in parts.items() if k.startswith('loss/')}
             for name, value in losses[update].items():
                 if not math.isfinite(value):
                     troubles.setdefault(update, (f'loss {name}', value, losses[update]))

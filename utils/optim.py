@@ -67,8 +67,8 @@ class Average(torch.optim.swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, student: nn.Module):
-        pairs = [(old, new) for of in (nn.Module.parameters, nn.Module.buffers)
-                 for old, new in zip(of(self.module), of(student))]
+        pairs = [*zip(self.module.parameters(), student.parameters()),
+                 *zip(self.module.buffers(), student.buffers())]
         averaged = [pair for pair in pairs if self.n_averaged and pair[0].is_floating_point()]
         if averaged:
             torch._foreach_lerp_(*map(list, zip(*averaged)), 1 - self.decay)

@@ -53,7 +53,7 @@ class Run:
         saved = origin = None
         self.found = folder.stamps(path)
         if not self.anew and not (args.evaluate and args.resume != 'auto'):
-            saved, origin = checkpoint.newest(path / 'checkpoint.pth', lambda text: print(text, file=sys.stderr))
+            saved, origin = checkpoint.newest(path / 'checkpoint.pth')
         own = saved is not None  # a run that --resume PATH once started goes on from its own checkpoints
         if own and args.resume != 'auto':
             print(f'note: --resume {args.resume} is passed over, as {path} has checkpoints of its own', file=sys.stderr)
@@ -129,9 +129,16 @@ class Run:
                 sys.exit(f'error: cannot go on from {self.origin}: its {name}: {self.saved["facts"].get(name)}; '
                          f'here: {fact}')
         self.progress = self.saved['progress']
-        if distributed.is_main():
-            print(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample {self.progress["sample"]}')
+        distributed.say(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample '
+                        f'{self.progress["sample"]}')
         self.saved = None
+
+    def tie(self, **facts: str):
+        """To what it goes by, which has to be the same on all ranks."""
+        for name, fact in facts.items():
+            if len(told := dict.fromkeys(distributed.gather(fact))) > 1:
+                distributed.stop(f'the ranks differ in their {name}: {", ".join(told)}')
+        self.facts |= facts
 
     def load_evaluated(self, network):
         """What --evaluate scores: the weights named by --student-resume, else those of the run."""
@@ -141,13 +148,11 @@ class Run:
             checkpoint.fill(network, self.saved, self.origin)
         elif not self.args.pretrained:
             distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
+        self.tie(student=checkpoint.fingerprint(network))
 
     def begin(self, student, train, valid):
         """Say what is about to happen, and open the folder for it."""
         args, ranks, self.classes = self.args, distributed.world(), list(train.images.source.classes)
-        for name, fact in self.facts.items():
-            if len(set(distributed.gather(fact))) > 1:
-                distributed.stop(f'the ranks differ in their {name}: {", ".join(distributed.gather(fact))}')
         self.progress['best'] = distributed.from_main(self._begin)
         self.told['parameters'] = sum(p.numel() for p in student.parameters())  # of all that it predicts through
         distributed.say(
@@ -267,7 +272,7 @@ class Run:
                             f'{score["top5"]:.3f} ({score["correct5"]}/{score["n"]}), loss {score["loss"]:.4f}')
         if self.args.output:
             distributed.from_main(lambda: folder.make(self.folder))
-            self.note(file, {'scores': scores, **self._origin()})
+            self.note(file, {'scores': scores, **self._provenance()})
             beside = (self.folder / file).with_suffix('.npz')
             distributed.from_main(lambda: checkpoint.write(beside, as_npz(predictions)))
 
@@ -283,9 +288,9 @@ class Run:
     def _result(self) -> dict:
         return {'finished': self.progress['epoch'] >= total_epochs(self.args), 'last': self.progress['last'],
                 'best': self.progress['best'], 'teacher_score': self.progress.get('teacher'),
-                'seconds': round(self.seconds(), 2), **self._origin()}
+                'seconds': round(self.seconds(), 2), **self._provenance()}
 
-    def _origin(self) -> dict:
+    def _provenance(self) -> dict:
         """All that is needed to do it again."""
         return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
                 'git': git_revision(), **self.facts, **self.told, 'world_size': distributed.world(),

@@ -70,7 +70,7 @@ def compiled(module: nn.Module, args) -> nn.Module:
     return module
 
 
-def begin_update(args):
+def begin_step(args):
     """CUDA graphs write where they wrote before: from here on, what came out before is not needed."""
     if args.compile:
         torch.compiler.cudagraph_mark_step_begin()

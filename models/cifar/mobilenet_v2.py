@@ -38,7 +38,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    def __init__(self, width: float, num_classes: int = 100):
+    def __init__(self, width: float, num_classes: int):
         super().__init__()
         channels = int(32 * width)
         self.stem = conv_bn(3, channels, 3, stride=2)

@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    def __init__(self, num_classes: int = 100):
+    def __init__(self, num_classes: int):
         super().__init__()
 
         def stage(c_in: int, c_out: int, depth: int, groups: int = GROUPS) -> nn.Sequential:

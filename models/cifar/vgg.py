@@ -30,7 +30,7 @@ def convolutions(c_in: int, c_out: int, depth: int) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    def __init__(self, depths: tuple[int, int, int, int, int], num_classes: int = 100):
+    def __init__(self, depths: tuple[int, int, int, int, int], num_classes: int):
         super().__init__()
         channels = (3, 64, 128, 256, 512, 512)
         self.blocks = nn.ModuleList(map(convolutions, channels[:-1], channels[1:], depths))

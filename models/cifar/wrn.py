@@ -29,7 +29,7 @@ class Block(nn.Module):
 class WideResNet(nn.Module):
     """`depth` is 6n + 4, `widen` the factor of the widths."""
 
-    def __init__(self, depth: int, widen: int, num_classes: int = 100):
+    def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.blocks = nn.ModuleList()

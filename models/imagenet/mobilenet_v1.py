@@ -14,10 +14,6 @@ from .stages import stage_ends
 BLOCKS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
 
 
-def stem(c_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out))
-
-
 def separable(c_in: int, c_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False), nn.BatchNorm2d(c_in),
@@ -29,7 +25,7 @@ def separable(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 class MobileNetV1(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
-        self.model = nn.Sequential(stem(32, stride=2))
+        self.model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32)))
         channels = 32
         for c_out, stride in BLOCKS:
             self.model.append(separable(channels, c_out, stride))

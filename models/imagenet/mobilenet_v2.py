@@ -3,6 +3,8 @@
 The names in its state dict are torchvision's. Blocks end in a linear bottleneck, so the last ReLU6 of a stage is the
 one after the depthwise convolution of its last block: that is where a stage is tapped.
 """
+import re
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,6 +82,11 @@ class MobileNetV2(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    def published_name(self, name: str) -> str:
+        """In MGD's files, whose first and last layers are blocks, too."""
+        name = re.sub(r'^features\.(0|18)\.', r'features.\1.conv.', name)
+        return name.replace('classifier.1.', 'classifier.0.')
+
     @property
     def feature_norms(self) -> list[nn.Module | None]:
         return [self.features[i].depthwise_norm for i in self.taps]
@@ -105,11 +112,11 @@ class MobileNetV2(nn.Module):
         return Features(logits, pooled, head, preacts, maps) if features else logits
 
 
-def mobilenet_v2(num_classes: int = 1000) -> MobileNetV2:
+def mobilenet_v2(num_classes: int) -> MobileNetV2:
     return MobileNetV2(num_classes)
 
 
-def mobilenet_v2_mgd(num_classes: int = 1000) -> MobileNetV2:
+def mobilenet_v2_mgd(num_classes: int) -> MobileNetV2:
     """The variant of Yue et al., ECCV 2020 (MGD); same parameters and weights, 38 % more multiply-adds.
 
     The strides of the 64- and 96-channel groups are swapped and the first blocks of the groups from 32 to 96 channels

@@ -54,6 +54,7 @@ class ShuffleNetV2(nn.Module):
         def stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
             return nn.Sequential(Block(c_in, c_out, stride=2), *(Block(c_out, c_out, 1) for _ in range(depth - 1)))
 
+        self.small_images = small_images
         kernel, stride = (1, 1) if small_images else (3, 2)
         stem = nn.Conv2d(3, 24, kernel, stride, padding=kernel // 2, bias=False)
         self.conv1 = nn.Sequential(stem, nn.BatchNorm2d(24))
@@ -73,8 +74,12 @@ class ShuffleNetV2(nn.Module):
         return self.fc
 
     def published_name(self, name: str) -> str:
-        """In files for CIFAR, which number the layers of a block by kind, those of branch1 first."""
+        """In files for CIFAR, which number the layers of a block by kind, those of branch1 first; and in MGD's."""
         layer, _, parameter = name.rpartition('.')
+        if not self.small_images:  # all but the first block and the stem begin with a ReLU, which has a number there
+            path, _, i = layer.rpartition('.')
+            begins = path.startswith(('stage', 'conv5')) and not path.startswith('stage2.0.')
+            return f'{path}.{int(i) + 1}.{parameter}' if begins else name
         if layer in PUBLISHED:
             return f'{PUBLISHED[layer]}.{parameter}'
         stage, block, branch, i = layer.split('.')
