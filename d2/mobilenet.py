@@ -14,7 +14,7 @@ class MobileNetV2(Backbone):
 
     def __init__(self, freeze_at: int):
         super().__init__()
-        network = mobilenet_v2()
+        network = mobilenet_v2(1000)
         self.features = network.features[:-1]
         self.ends = dict(zip(network.taps[-4:], ('res2', 'res3', 'res4', 'res5')))
         self._out_features = list(self.ends.values())
