@@ -23,9 +23,9 @@
 #
 # A pair has values of its own where they are published; where a method has such values but not for this pair, a note
 # says so and the default is taken. Exp-KD's are those of its configurations, which no published code ever used. MRKD's
-# launcher multiplied batch and rate by the number of GPUs, here they are those of one; its weights are those of MRKD.py,
-# the compiled code that its configurations name has --mrkd-pearson 32 --mrkd-kendall 16 --mrkd-top 0.5. ReviewKD's last
-# two are users'.
+# launcher multiplied batch and rate by the number of GPUs, here they are those of one; its weights are those of
+# MRKD.py; its configurations name compiled code instead, which has --mrkd-pearson 32 --mrkd-kendall 16 --mrkd-top 0.5.
+# ReviewKD's last two are users'.
 set -euo pipefail
 
 usage() { echo "usage: DATA=CIFAR_ROOT|--dummy $(basename "$0") $words [FLAGS of main_distill.py]" >&2; exit 2; }
@@ -188,8 +188,8 @@ for pair in $pairs; do
                 [[ $method == dml || $DATA == --dummy ]] ||
                     recipe+=(--teacher-resume "${teacher:=$folder/base-${pair%%-*}-0/last.pth}")
                 home=${teacher%/*}  # of a run, unless somebody has put weights there, and nothing else
-                if [[ -e $home/args.json || -e $home/result.json ]] && ! grep -qs '"finished": true' "$home/result.json"
-                then
+                if [[ $teacher && ( -e $home/args.json || -e $home/result.json ) ]] &&
+                    ! grep -qs '"finished": true' "$home/result.json"; then
                     echo "error: $name: the teacher, ${teacher%/*}, is still learning" >&2
                     failed=1
                     continue

@@ -230,7 +230,8 @@ def main():
     parser.add_argument('--methods', nargs='+', required=True, metavar='NAME', help='alone, or of --list-distillers')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='N', help='(0 1 2)')
     parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time (1)')
-    parser.add_argument('--gpus', nargs='+', metavar='N', help='give each job one of these, in turn')
+    parser.add_argument('--gpus', nargs='+', metavar='N',
+                        help='give each job one of these, in turn; counted from 0 among CUDA_VISIBLE_DEVICES')
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='gets a folder per run: METHOD-SEED')
     parser.add_argument('--flags', nargs=2, action='append', default=[], metavar=('NAME', 'FLAGS'),
                         help="of one of the methods, as one word: --flags kd '--kd-weight 2'")

@@ -27,9 +27,9 @@
 #
 # Not as published: DIST's gradients were summed in float16, and its strong recipe needs RMSprop, which is not here.
 # MRKD's configurations have rates of 0.001 (ResNet-18) and 0.1, which its launcher multiplied, like the batch, by an
-# unknown number of GPUs; 0.2 is the others'; and weights of 32 (not ResNet-18), under a name that says 10. Of Exp-KD
-# these are the values of its configurations, which no published code ever used. DKD's alpha is that of the reported
-# runs; its code has 1, which its author found to do as well.
+# unknown number of GPUs; here the rate is 0.2, as for the other methods. Their weights for students other than
+# ResNet-18 are 32, though their names say 10. Of Exp-KD these are the values of its configurations, which no published
+# code ever used. DKD's alpha is that of the reported runs; its code has 1, which its author found to do as well.
 set -euo pipefail
 
 usage() { echo 'usage: imagenet.sh [TEACHER-STUDENT] METHOD DIR|--dummy [FLAGS of main_*.py]' >&2; exit 2; }

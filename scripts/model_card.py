@@ -121,7 +121,7 @@ def facts(args, path, record, network, meta) -> dict:
     partly = f' and {record["sample"]} images of the next' if record.get('sample') else ''
     published = ("timm's weights" if args.arch.startswith('timm:') else f'the weights that {args.arch} returns'
                  if is_function(args.arch) else "torchvision's ImageNet weights")
-    start = args.student_resume or (published if args.pretrained else 'random weights')
+    start = args.student_resume or (published if args.pretrained or is_function(args.arch) else 'random weights')
     rows = {'network': f'{args.arch}, {sum(p.numel() for p in network.parameters()):,} parameters'
                        + f', those of {" ".join(through)} included' * bool(through),
             'input': f'float32 [N, 3, {size}, {size}], any N; normalised RGB',

@@ -55,7 +55,7 @@ def store_jpeg(job: tuple, size: int, quality: int) -> dict:
         try:
             image = shrunk(path, size)
             with Image.open(path) as original:
-                as_it_is = original.format == 'JPEG' and original.size == image.size
+                as_it_is = original.format == 'JPEG' and original.size == image.size and whole(Path(path))
         except Exception as error:  # whatever a decoder makes of a broken file
             return {'images': 0, 'unreadable': {path: str(error)}}
         target.parent.mkdir(parents=True, exist_ok=True)

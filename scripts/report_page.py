@@ -349,7 +349,7 @@ def likely(one, other):
     error = sum(part for part, _ in parts)
     if not error:
         return 0.0, 0.0
-    freedom = int(error ** 2 / sum(part ** 2 / n for part, n in parts))
+    freedom = int(error ** 2 / sum(part ** 2 / n for part, n in parts) + 1e-9)
     quantile = QUANTILES[freedom - 1] if freedom <= len(QUANTILES) else 1.96 + 2.6 / freedom
     return error ** 0.5, quantile * error ** 0.5
 

@@ -165,16 +165,19 @@ def find_teacher(ways):
 
 
 def collect(folders, teacher):
-    """The ways, and that of the teacher, wherever it was named."""
+    """The ways, and that of the teacher, wherever it was named; it is one of the others if it is a student's twin."""
     ways = by_way(folders)
     named, teacher = bool(teacher), by_way(teacher or find_teacher(ways))
-    its = {run.folder.resolve() for way in teacher for run in way.runs}
-    ways = [way for way in ways if its.isdisjoint(run.folder.resolve() for run in way.runs)]
     if other_data(teacher + ways) and not named:  # what it was trained with is its own affair
         teacher = []
     if wrong := other_data(teacher + ways):
         refuse(wrong)
-    return ways, teacher
+    its, students = folders_of(teacher), {way.arch for way in ways if way.taught}
+    return [way for way in ways if way.arch in students or not folders_of([way]) <= its], teacher
+
+
+def folders_of(ways) -> set:
+    return {run.folder.resolve() for way in ways for run in way.runs}
 
 
 # The table, as text

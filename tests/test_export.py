@@ -225,7 +225,8 @@ def test_networks_that_bare_weights_do_not_tell_all_of(name, made, base, images,
 @pytest.mark.parametrize('flags, says', [
     ([], 'random weights'), (['--pretrained'], "torchvision's ImageNet weights"),
     (['--pretrained', '--student-resume', 'S.pth'], 'S.pth'),
-    (['--arch', 'pkg:net', '--pretrained'], 'the weights that pkg:net returns')])
+    (['--arch', 'pkg:net', '--pretrained'], 'the weights that pkg:net returns'),
+    (['--arch', 'pkg:net'], 'the weights that pkg:net returns')])
 def test_where_weights_started(flags, says):
     args = base_parser('').parse_args(['DIR', *flags])
     args.distiller, args.image_size = [], 32

