@@ -2,7 +2,7 @@
 import torch
 
 from distillers import inspection
-from distillers.networks import build_student, build_teacher
+from distillers.networks import build_student, build_teacher, identity
 from utils import checkpoint, distributed, setup
 from utils.args import base_parser, check
 from utils.data import Prepare, contents, load_data
@@ -42,6 +42,7 @@ def worker(args, device):
         if args.teacher_resume:
             teacher = setup.place(build_teacher(args, outputs), device, args)
             checkpoint.load_weights(teacher, args.teacher_resume, f'--teacher-arch {args.teacher_arch}', classes)
+            run.tie(teacher=identity(teacher, args))
             networks['teacher'] = distributed.replicated(teacher, device, args)
         run.report(evaluate(networks, valid, prepare, device, args))
         return

@@ -100,7 +100,7 @@ def check_data(names):
         if name not in DatasetCatalog:
             raise ValueError(f'the data set {name!r} is not registered: DATASETS.COCO_FORMAT names those of your own')
         file = MetadataCatalog.get(name).get('json_file')
-        if file and not PathManager.isfile(file):
+        if file and '://' not in file and not PathManager.isfile(file):
             raise ValueError(f'the data set {name} should be in {file}, which is not there; DATASETS.TRAIN, TEST and '
                              'COCO_FORMAT, and the variable DETECTRON2_DATASETS, tell where data are')
 

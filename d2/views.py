@@ -120,7 +120,9 @@ def before_relu(block: nn.Module, keep) -> list:
 def show(detector: nn.Module, images: Tensor, names, boxes: bool = False) -> dict[str, Tensor]:
     """Compute the named maps, without the pyramid above them where nobody reads that. Returns what was computed."""
     bottom_up = bottom_up_of(detector)
-    below = all(name in bottom_up.output_shape() or last_block(bottom_up, name) for name in names)
+    pyramid = detector.backbone.output_shape()  # which may call a level as the network below does
+    below = all(name not in pyramid and (name in bottom_up.output_shape() or last_block(bottom_up, name))
+                for name in names)
     return (bottom_up if below and not boxes else detector.backbone)(images)
 
 

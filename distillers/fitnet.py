@@ -40,7 +40,7 @@ class FitNet(Distiller):
         self.weight, self.stage_s, self.stage_t = weight, stage - 1, pairs[stage - 1]
         self.pairing = [(self.stage_s, self.stage_t)]
         self.regressor = Regressor(maps_s[self.stage_s].shape, maps_t[self.stage_t].shape)
-        self.activation = reaching(maps_t[self.stage_t])
+        self.activation = reaching(teacher, lambda t: t.maps[self.stage_t])
 
     def forward(self, s, t, batch):
         guess, hint = self.regressor(s.maps[self.stage_s], t.maps[self.stage_t])

@@ -1,13 +1,16 @@
 """What several methods are made of: pairs of stages, equal sizes, divergences, relations over all ranks."""
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import Features
 from utils import distributed
+from utils.randomness import generator
 
-from .base import probe
+from .base import evaluating, probe, probe_image
 
 Pairing = Literal['depth', 'size']
 
@@ -70,8 +73,15 @@ def conv_bn(c_in: int, c_out: int, kernel: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out))
 
 
-def reaching(f: Tensor) -> nn.Module:
-    """What a connector to a teacher's map ends in: a ReLU, but not where the map has values below 0."""
+@torch.no_grad()
+def reaching(teacher: nn.Module, shown: Callable[[Features], Tensor]) -> nn.Module:
+    """What a connector to a map of the teacher's ends in: a ReLU, but not where the map has values below 0.
+
+    Asked by noise: of the probe's black image, a network without biases makes nothing but 0.
+    """
+    image = probe_image(teacher)
+    with evaluating(teacher):
+        f = shown(teacher.forward(torch.randn(image.shape, generator=generator('noise')).to(image), features=True))
     return nn.Identity() if (f < 0).any() else nn.ReLU()
 
 

@@ -31,11 +31,10 @@ class SimKD(Distiller):
         super().__init__()
         positive(weight=weight, factor=factor)
         self.weight = weight
-        head_s, head_t = (probe(network).head for network in (student, teacher))
-        (_, c_s, *self.size_s), (_, c_t, *self.size_t) = head_s.shape, head_t.shape
+        (_, c_s, *self.size_s), (_, c_t, *self.size_t) = (probe(network).head.shape for network in (student, teacher))
         mid = max(c_t // factor, 1)
         self.projector = nn.Sequential(*conv_bn(c_s, mid), nn.ReLU(), *conv_bn(mid, mid, 3), nn.ReLU(),
-                                       *conv_bn(mid, c_t), reaching(head_t))
+                                       *conv_bn(mid, c_t), reaching(teacher, lambda t: t.head))
         self.classifier = copy.deepcopy(teacher.classifier).requires_grad_(False)
         # Out of use: as a trainable one it would be weakened by weight decay and waited for by DDP.
         student.classifier.requires_grad_(False)

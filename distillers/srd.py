@@ -58,8 +58,8 @@ class Regression(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module):
         super().__init__()
-        head_s, head_t = (probe(network).head for network in (student, teacher))
-        self.connector = nn.Sequential(*conv_bn(head_s.shape[1], head_t.shape[1]), reaching(head_t))
+        c_s, c_t = (probe(network).head.shape[1] for network in (student, teacher))
+        self.connector = nn.Sequential(*conv_bn(c_s, c_t), reaching(teacher, lambda t: t.head))
         nn.init.kaiming_normal_(self.connector[0].weight, mode='fan_out', nonlinearity='relu')
         for name, value in ('weight', teacher.classifier.weight), ('bias', teacher.classifier.bias):
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)

@@ -50,7 +50,7 @@ def test_dot_has_two_momenta_that_are_some(distill, momentum, delta):
     assert run.code == 2 and f'--momentum {momentum} less and more --dot-delta {delta}' in run.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize('url', ['localhost:1234', 'tcp://localhost', 'env://'])
+@pytest.mark.parametrize('url', ['localhost:1234', 'tcp://localhost', 'tcp://localhost:abc', 'env://'])
 def test_a_place_to_meet_that_is_none_is_said(base, url, monkeypatch):
     monkeypatch.delenv('MASTER_ADDR', raising=False)
     run = base('--dummy', '--world-size', 2, '--rank', 0, '--dist-url', url, '--no-accel', quick=False)

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -90,11 +91,15 @@ def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
 
 
 def test_the_best_weights_are_those_of_the_best_epoch_that_is_known(tmp_path, capsys):
-    """A later one had left its own, but no checkpoint."""
-    for found, kept in (({'epoch': 1}, {'epoch': 1}), ({'epoch': 2}, None)):
-        (tmp_path / 'result.json').write_text(json.dumps({'best': found}))
+    """A later one had left its own, but no checkpoint, or not even a result."""
+    weights, result = tmp_path / 'best.pth', tmp_path / 'result.json'
+    for found, older, kept in (({'epoch': 1}, weights, {'epoch': 1}), ({'epoch': 2}, weights, None),
+                               ({'epoch': 1}, result, None)):
+        weights.touch()
+        result.write_text(json.dumps({'best': found}))
+        os.utime(older, (1, 1))
         assert folder.bring_best(tmp_path, tmp_path, {'epoch': 1}) == kept
-    assert 'does not hold the weights of epoch 1' in capsys.readouterr().err
+        assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
 
 
 def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):

@@ -267,7 +267,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         check_seeds(parser, args)
     if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:
         parser.error('--start-epoch lies behind the last epoch')
-    args.lr_drop_epochs = args.lr_drop_epochs or [*range(30, max(args.epochs, 91), 30)]  # as StepLR(30), without end
+    end = max(args.epochs, 91) if args.schedule == 'step' else 91  # others drop nothing, and had this before
+    args.lr_drop_epochs = args.lr_drop_epochs or [*range(30, end, 30)]  # as StepLR(30), without end
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
     if args.exact_pixels and args.dataset != 'imagefolder':
         parser.error('--exact-pixels is for image folders: nothing is resized in CIFAR')

@@ -146,8 +146,7 @@ def weights_of(content, path) -> dict:
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(key.startswith(prefix) for key in content):
             content = {key[len(prefix):]: value for key, value in content.items()}
-    # pytorch/examples has DataParallel around these layers of AlexNet and VGG alone.
-    return {key.replace('features.module.', 'features.'): value for key, value in content.items()}
+    return content
 
 
 def outputs_of(content, path) -> int:
@@ -187,7 +186,9 @@ def by_own_names(network: nn.Module, weights: dict) -> dict:
     if not names - counters.keys() <= weights.keys():
         published_name = getattr(network, 'published_name', lambda name: name)
         own = {published_name(name): name for name in names}
-        renamed = {own.get(name, name): value for name, value in weights.items()}
+        # pytorch/examples has DataParallel around these layers of AlexNet and VGG alone.
+        bare = {name.replace('features.module.', 'features.'): value for name, value in weights.items()}
+        renamed = {own.get(name, name): value for name, value in bare.items()}
         if len(renamed) != len(weights):  # two would become one
             return weights
         weights = renamed

@@ -38,7 +38,8 @@ def launch(worker, args):
     if args.gpu is not None and args.gpu >= torch.cuda.device_count():
         sys.exit(f'error: --gpu {args.gpu} is asked for, but {torch.cuda.device_count()} GPUs are visible')
     ranks, nodes = planned(args)
-    if under_torchrun() and ranks > 1 and not {'LOCAL_RANK', 'LOCAL_WORLD_SIZE'} <= os.environ.keys():
+    by_hand = under_torchrun() and not {'LOCAL_RANK', 'LOCAL_WORLD_SIZE'} <= os.environ.keys()
+    if by_hand and ranks > 1 and not args.multiprocessing_distributed:
         sys.exit('error: WORLD_SIZE is set, as by torchrun, but not LOCAL_RANK and LOCAL_WORLD_SIZE, the number of '
                  'this process on its node and of processes there: set them, too, or unset WORLD_SIZE and RANK')
     if args.inspect:  # one process looks at what the ranks would do
@@ -155,7 +156,7 @@ def _join(url, rank, world, device, args):
     try:
         store, rank, world = next(dist.rendezvous(url, rank, world, timeout=timeout))
     except (ValueError, RuntimeError) as error:
-        if 'rendezvous' not in str(error):
+        if isinstance(error, RuntimeError) and 'rendezvous' not in str(error):
             raise
         sys.exit(f'error: --dist-url {url} is no place to meet, such as tcp://HOST:PORT: {error}')
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':

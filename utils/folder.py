@@ -20,7 +20,7 @@ def default_output(args) -> Path:
     data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
     stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
     if distributed.restarts():
-        for lock in Path('runs').glob(f'{stem}[0-9]*/.lock'):
+        for lock in sorted(Path('runs').glob(f'{stem}[0-9]*/.lock'), reverse=True):
             if lock.read_text() == distributed.launched_by():
                 return lock.parent
     folder = new = Path('runs') / (stem + time.strftime('%Y%m%d-%H%M%S'))
@@ -67,14 +67,14 @@ def lock(folder: Path) -> TextIOBase:
     try:
         file = open(folder / '.lock', 'a')  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(distributed.launched_by())
+        file.flush()
     except BlockingIOError:
         sys.exit(f'error: another run is writing to {folder}')
     except OSError as error:
         if error.errno not in NO_LOCKS:
             sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
-    file.truncate(0)
-    file.write(distributed.launched_by())
-    file.flush()
     return file
 
 
@@ -97,12 +97,14 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:
     """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone.
 
-    They are gone where a later epoch has left better ones, but was killed before its checkpoint.
+    They are gone where a later epoch has left better ones, but was killed before its checkpoint: then result.json,
+    which is written behind them, tells of others or is older.
     """
     try:
-        if json.loads((source / 'result.json').read_text())['best'] == best:
+        known, weights = source / 'result.json', source / 'best.pth'
+        if json.loads(known.read_text())['best'] == best and weights.stat().st_mtime <= known.stat().st_mtime:
             if source.resolve() != target.resolve():
-                checkpoint.write(target / 'best.pth', (source / 'best.pth').read_bytes())
+                checkpoint.write(target / 'best.pth', weights.read_bytes())
             return best
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -188,8 +188,6 @@ class Run:
     def _write(self):
         """What finished epochs have left."""
         files, self.unwritten = self.unwritten, {}
-        if 'best.pth' in files:  # of a killed run nothing shall tell that it is of the epoch before
-            checkpoint.remove(self.folder / 'result.json')
         for name, content in files.items():
             checkpoint.write(self.folder / name, as_npz(content) if name.endswith('.npz') else content)
         if files:
