@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from multiprocessing import get_context
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import CASES, peers  # noqa: E402
 from benchmarks.harness import METRICS, Case, Limit, Mismatch, Outcome, Settings, measure  # noqa: E402
 from utils.run import git_revision  # noqa: E402
+from utils.setup import device_name  # noqa: E402
 
 LINE = '{:<16} {:<20} {:<20} {:>5} {:>8} {:>8} {:>2} {:>9} {:>6} {:>13} {:>7}  {}'
 HEAD = LINE.format('case', 'variant', 'against', 'in', 'ours', 'baseline', '', '', 'median', 'IQR', 'goal', '')
@@ -60,7 +62,9 @@ def main(cases=CASES, arguments=None) -> int:
     print(*(f'{key}: {value}' for key, value in facts.items()), sep='\n')
     print(f'\n{HEAD}', flush=True)
 
+    began = time.monotonic()
     found = alone(args.cases or list(cases), cases, settings, args.rounds)
+    facts['seconds'] = round(time.monotonic() - began)
     records = [record for rows in found for record in rows or []]
     write(args.output, facts, records)
     return 0 if None not in found and all(record['reached'] for record in records) else 1
@@ -133,14 +137,6 @@ def figures(value: float) -> str:
 def command() -> list[str]:
     """As it is given from the project's folder; with -m Python tells the whole path."""
     return [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    cpu = Path('/proc/cpuinfo')
-    model = [line for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.exists() else []
-    return model[0].partition(': ')[2] if model else platform.processor()
 
 
 def versions() -> dict:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from utils import checkpoint, distributed, setup, together
 from utils.closely import now
-from utils.cost import cut, device_name, loading, measure, preparation, step
+from utils.cost import cut, loading, measure, preparation, step
 from utils.data import Prepare, bad_allowed, contents, load_data
 from utils.engine import Supervised
 from utils.folder import NO_LOCKS, refuse_harm
@@ -199,7 +199,8 @@ def worker(args, device):
             rows = looks.at_cost(cost, n, order, len(valid.dataset) if real else 0, train.loader, run, args)
             check_disk(run)
         if rows:
-            looks.table(f'cost of a batch of {n} images here, {device_name(device)}'
+            looks.table(f'cost of a batch of {n} images here, {setup.device_name(device)}'
+                        + f', {torch.get_num_threads()} threads' * (device.type == 'cpu')
                         + f'; measured with {cost["images"]} of them, scaled' * (cost['images'] < n), rows)
         if real and 0 < length % batch_size < 2 * ranks and one.batch_size > 1 and not args.sync_bn:
             with found.listing('training, on the last batch of an epoch, of which a rank has 1 image: '):

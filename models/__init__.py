@@ -48,6 +48,7 @@ def create_model(name: str, num_classes: int = 1000, pretrained: bool = False) -
     A function of somebody's package knows by itself what weights it starts from.
     """
     source, _, rest = name.rpartition(':')
+    cifar.add_wrn(NETWORKS, name)
     if source == 'timm':
         return timm_network(rest, num_classes, pretrained)
     if source not in ('', 'torchvision'):

@@ -120,6 +120,14 @@ def test_published_files_load(name, tmp_path):
         assert_same(loaded.state_dict(), own)
 
 
+def test_wide_resnets_are_of_any_depth_and_width():
+    network = create_model('wrn_22_3', 10)
+    assert len(network.blocks) == 9 and network.fc.in_features == 192  # three blocks in each stage, 3 x 64 channels
+    for name in ('wrn_23_3', 'wrn_4_1', 'wrn_16_0'):
+        with pytest.raises(ValueError, match=f'unknown model .{name}.'):
+            create_model(name, 10)
+
+
 @pytest.mark.parametrize('name', models.NETWORKS)
 def test_no_published_name_is_that_of_another_parameter(name):
     """But in MGD's ShuffleNetV2, of which enough others tell that a file is not by the network's own names."""

@@ -440,6 +440,12 @@ def test_numbers_of_the_papers():
     assert cells['CIFAR-100, pairs of SRDwithDIST', 'FitNet + KD ¹']['wrn_40_4-wrn_16_4'] == 79.15
 
 
+def test_the_page_of_tables_is_that_of_the_results():
+    """Whoever adds a result writes the page anew: it says by what."""
+    page = (ROOT / 'docs' / 'published.md').read_text()
+    assert page.partition('(tables.md).\n\n')[2] == summarize().stdout
+
+
 # both together
 
 def test_a_check_runs(recorded, tmp_path, monkeypatch):

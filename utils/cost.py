@@ -125,7 +125,3 @@ def memory(device) -> int:
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-
-
-def device_name(device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'

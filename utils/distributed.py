@@ -340,6 +340,7 @@ def wrap(task, device, args):
         new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15 on
         buffers = 'forward_sync_buffers' if new else 'broadcast_buffers'
         # Without device_ids: told of a device, it would bring there what of a batch is on the host, and wait for it.
+        # Without static_graph: its buckets are laid out anew after the first pass as they are.
         return DistributedDataParallel(task, gradient_as_bucket_view=True, **{buffers: False})
     task.student = replicated(task.student, device, args)
     return task

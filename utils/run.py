@@ -31,6 +31,7 @@ from .data import global_batch
 from .engine import EXIT_BROKEN
 from .meters import percentages
 from .optim import learning_rate, total_epochs
+from .setup import device_name
 
 APART = 10  # seconds: epochs that are shorter share their files. A kill costs them and the one under way, a signal none
 
@@ -292,7 +293,7 @@ class Run:
         """All that is needed to do it again."""
         return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
                 'git': git_revision(), **self.facts, **self.told, 'world_size': distributed.world(),
-                'device': torch.cuda.get_device_name() if self.device.type == 'cuda' else platform.machine(),
+                'device': device_name(self.device),
                 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                              'torchvision': torchvision.__version__}}
 

@@ -1,5 +1,6 @@
 """Switches of the whole process, and a network's way to its device."""
 import os
+import platform
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,14 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = Path('/proc/cpuinfo')
     return cpu.exists() and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu.read_text().split())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    cpu = Path('/proc/cpuinfo')
+    model = [line for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.exists() else []
+    return model[0].partition(': ')[2] if model else platform.processor() or platform.machine()
 
 
 def precision(device: torch.device, amp: str):

@@ -2,6 +2,7 @@
 
 `cifar_` stands before a name where there is a network for ImageNet of the same name, or one of the same family.
 """
+import re
 from functools import partial
 
 from ..imagenet.resnet import DEPTHS as LAYERS
@@ -26,3 +27,11 @@ NETWORKS = {
     'cifar_shufflenet_v2': partial(ShuffleNetV2, (116, 232, 464), 1024, small_images=True),
     'cifar_shufflenet_v2_x1_5': partial(ShuffleNetV2, (176, 352, 704), 1024, small_images=True),
 }
+
+
+def add_wrn(networks: dict, name: str):
+    """WRNs are of any depth 6n + 4, and of any width: those that have no entry get one when somebody names them."""
+    if found := re.fullmatch(r'wrn_(\d+)_(\d+)', name):
+        depth, widen = map(int, found.groups())
+        if depth >= 10 and depth % 6 == 4 and widen:
+            networks.setdefault(name, partial(WideResNet, depth, widen))
