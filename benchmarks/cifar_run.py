@@ -15,8 +15,7 @@ import torch
 
 from models import create_model
 
-from .harness import Case, Row, Settings, Variant
-from .loader import ROOT
+from .harness import ROOT, Case, Row, Settings, Variant
 
 EPOCHS, BUDGET = 240, 'a minute and a half'
 CUDA = {'student': 'resnet8x4', 'images': 50000, 'epochs': 8, 'flags': ['--fast', '--cuda-graph', '--compile']}

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils.heap import keep_memory
 from utils.setup import full_float32, has_bf16
 
+ROOT = Path(__file__).resolve().parent.parent
 CUDA_STEPS, CUDA_MS = 40, 500  # of a variant in a round, whichever is less
 
 # How a variant compares with its baseline, and whether more of it is better

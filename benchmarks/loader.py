@@ -23,10 +23,8 @@ from utils.order import TrainOrder
 from utils.sources import load_source
 from utils.views import STATISTICS, CropView
 
-from .harness import Case, Limit, Row, Settings, Variant, copy_rate, spent
+from .harness import ROOT, Case, Limit, Row, Settings, Variant, copy_rate, spent
 from .plain import plain_loader
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def photo(rng, width: int, height: int) -> Image.Image:

@@ -13,10 +13,9 @@ from utils.heap import keep_memory
 from utils.setup import full_float32
 
 from . import peers
-from .harness import Case, Row, Settings, Variant
+from .harness import ROOT, Case, Row, Settings, Variant
 from .mgd_step import builders, sizes_for
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
 
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -13,10 +12,9 @@ from distillers import Distillation
 from utils import distributed
 from utils.args import base_parser
 
-from .harness import Case, Limit, Row, Settings, Variant
+from .harness import ROOT, Case, Limit, Row, Settings, Variant
 from .mgd_step import arguments, ingredients, training_step
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
 
 

@@ -24,8 +24,8 @@ import torch
 from models import create_model
 from utils.setup import has_bf16
 
-from .harness import Case, Row, Settings, Variant
-from .loader import ROOT, prepare, write_folder
+from .harness import ROOT, Case, Row, Settings, Variant
+from .loader import prepare, write_folder
 from .mgd_step import settle
 
 CUDA = {'teacher': 'resnet50', 'size': 224, 'batch': 256, 'images': 128, 'flags': ['--fast', '--compile']}

@@ -4,7 +4,6 @@ The parts of a run are made as the scripts make them, one after the other. What 
 something stands in for it (made-up images, random weights), so that the rest is looked at as well. looks.py makes the
 tables.
 """
-import fcntl
 import io
 import os
 import shutil
@@ -25,7 +24,8 @@ from utils.closely import now
 from utils.cost import cut, loading, measure, preparation, step
 from utils.data import Prepare, bad_allowed, contents, load_data
 from utils.engine import Supervised
-from utils.folder import NO_LOCKS, refuse_harm
+from utils.errors import line
+from utils.folder import refuse_harm, take
 from utils.meters import hits
 from utils.optim import make_ema, make_optimizer
 from utils.order import TrainOrder, spread
@@ -60,12 +60,12 @@ class Findings:
             said.write(f'\n{stop.code}')
         except Exception as error:  # whatever it is
             kind = '' if isinstance(error, (ValueError, OSError)) else f'{type(error).__name__}: '
-            said.write(f'\nerror: {kind}{checkpoint.line(error)}')
-        for line in said.getvalue().split('\n'):
-            if line.startswith('error: '):
-                self.problems.append(what + line.removeprefix('error: '))
-            elif len(line) > 1 and '\r' not in line:  # neither an exit code nor a progress bar
-                self.notes.append(line.removeprefix('note: '))
+            said.write(f'\nerror: {kind}{line(error)}')
+        for told in said.getvalue().split('\n'):
+            if told.startswith('error: '):
+                self.problems.append(what + told.removeprefix('error: '))
+            elif len(told) > 1 and '\r' not in told:  # neither an exit code nor a progress bar
+                self.notes.append(told.removeprefix('note: '))
 
     def tell(self):
         for title, texts in (('notes', self.notes), ('problems', self.problems)):
@@ -298,14 +298,8 @@ def check_folder(flag: str, folder: Path):
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         sys.exit(f'error: cannot write to {flag} {folder}: {there} is {"read-only" if there.is_dir() else "no folder"}')
     if (folder / '.lock').exists():
-        try:
-            with open(folder / '.lock', 'r+') as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f'error: another run is writing to {folder}')
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        with open(folder / '.lock', 'r+') as lock:
+            take(lock, folder)
 
 
 def check_images(wrong: dict[str, list[str]], sources: dict, args, found: Findings):

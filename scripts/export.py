@@ -29,6 +29,7 @@ from utils import checkpoint, distributed, signals
 from utils.args import base_parser
 from utils.data import STATISTICS, Batch, CenterView, Images, PlainView, Prepare, load_source, make_loader
 from utils.engine import evaluate
+from utils.errors import line
 from utils.folder import FILES
 from utils.order import EvalOrder, spread
 
@@ -108,7 +109,7 @@ def export(options):
         told = facts(args, path, record, network, meta)
         file.with_name(file.name + '.md').write_text(card(file, small, args, told, meta, rows, how))
     except (OSError, RuntimeError, ValueError) as error:  # exporters' own errors are RuntimeErrors
-        sys.exit(f'error: cannot write {file}: {checkpoint.line(error)}')
+        sys.exit(f'error: cannot write {file}: {line(error)}')
     finally:
         checkpoint.remove(unchecked)
     print(*rows, sep='\n')
@@ -217,7 +218,7 @@ def eight_bits(file: Path, network: nn.Module, args, valid: Images, prepare, met
         observed = prepare_fx(Logits(network).eval(), get_default_qconfig_mapping(torch.backends.quantized.engine),
                               (images[:1],))
     except (torch.fx.proxy.TraceError, TypeError, RuntimeError) as error:
-        sys.exit(f'error: --int8 cannot trace this network, {args.arch}: {checkpoint.line(error)}')
+        sys.exit(f'error: --int8 cannot trace this network, {args.arch}: {line(error)}')
     for batch in images.split(32):
         observed(batch)
     eight = convert_fx(observed)

@@ -40,8 +40,8 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 [[ $first_node ]] || refuse 'scontrol names no node'
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not share a port
 
-# torchrun hands TERM on (USR1 only if it is new enough), but would kill its workers 30 seconds later, amid the saving.
-# (So torch 2.8 does, which knows no such variable.)
+# torchrun hands TERM on (USR1 only if it is new enough), but would kill its workers 30 seconds later, amid the saving;
+# that of torch 2.8 does, as it does not know this variable.
 # --kill-on-bad-exit=0: the first node to stop must not take away the one that still writes the checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
 # A store of their own for each round of workers: nodes count restarts each for itself, so ranks cannot tell them apart.

@@ -1,5 +1,6 @@
 """main_base.py from beginning to end, in this process."""
 import copy
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from conftest import ROOT, arguments, assert_close, assert_same, at_call, write_
 
 import main_base
 from models import create_model
-from utils import checkpoint, distributed, engine, folder, signals
+from utils import checkpoint, distributed, engine, errors, folder, signals
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
@@ -441,7 +442,7 @@ def test_more_memory_than_there_is_and_a_master_that_is_not(base, images, tmp_pa
 
 def test_an_error_without_words_keeps_its_traceback():
     for error in (ValueError(), RuntimeError(), ValueError('Connection of layers')):
-        assert distributed.in_words(error, 0, None) == ''
+        assert errors.in_words(error, 0, None) == ''
 
 
 class InductorError(RuntimeError):
@@ -451,10 +452,10 @@ class InductorError(RuntimeError):
 def test_what_a_killed_compilation_has_left_is_removed(tmp_path):
     (tmp_path / 'c.main.so').touch()
     error = InductorError(f'ImportError: {tmp_path}/c.main.so: file too short')
-    assert 'give the command again' in distributed.remove_torn(error) and not list(tmp_path.iterdir())
+    assert 'give the command again' in errors.remove_torn(error) and not list(tmp_path.iterdir())
     (tmp_path / 'c.main.so').touch()
     for other in InductorError('CppCompileError: C++ compile error'), OSError(str(error)):
-        assert distributed.remove_torn(other) == '' and list(tmp_path.iterdir())
+        assert errors.remove_torn(other) == '' and list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('caught, code', [([], None), ([(15, 0.0)], 75)])
@@ -657,3 +658,18 @@ def test_ranks_that_evaluate_other_things_are_refused(base, plain, tmp_path, mon
     monkeypatch.setattr(Run, 'tie', tie)
     run = base(*plain, '--evaluate', '--output', tmp_path)
     assert run.code == 1 and f'the ranks differ in their {what}: ' in run.err and ', others' in run.err
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EIO])
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch, number):
+    """As on some network file systems; other errors are none of that kind."""
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(folder.fcntl, 'lockf', lockf)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job')
+    if number == errno.EIO:
+        with pytest.raises(SystemExit, match='cannot write to --output'):
+            folder.lock(tmp_path)
+    else:
+        folder.lock(tmp_path).close()
+        assert (tmp_path / '.lock').read_text() == distributed.launched_by()

@@ -231,7 +231,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     if args.multiprocessing_distributed:  # each process takes its own, as in pytorch/examples
         args.gpu = None
     if args.multiprocessing_distributed and (args.dist_url or '').startswith('env://'):
-        parser.error('--dist-url env:// is torchrun\'s; --multiprocessing-distributed takes tcp://HOST:PORT')
+        parser.error("--dist-url env:// is torchrun's; --multiprocessing-distributed takes tcp://HOST:PORT")
     if args.world_size > 1 and (args.rank < 0 or not args.dist_url):
         parser.error(f'--world-size {args.world_size} needs --rank NODE and --dist-url tcp://HOST:PORT')
     if args.rank >= max(args.world_size, 1):
@@ -267,7 +267,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         check_seeds(parser, args)
     if args.start_epoch >= args.epochs + args.warmup * args.warmup_epochs:
         parser.error('--start-epoch lies behind the last epoch')
-    end = max(args.epochs, 91) if args.schedule == 'step' else 91  # others drop nothing, and had this before
+    end = max(args.epochs, 91) if args.schedule == 'step' else 91  # others read none
     args.lr_drop_epochs = args.lr_drop_epochs or [*range(30, end, 30)]  # as StepLR(30), without end
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
     if args.exact_pixels and args.dataset != 'imagefolder':

@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .errors import line
+
 FORMAT = 1
 
 
@@ -49,10 +51,10 @@ def write(path: Path, content):
         sys.exit(f'error: cannot write {path}: {why(error, path)}; the files that were there are intact')
 
 
-def append(path: Path, line: str):
+def append(path: Path, text: str):
     try:
         with open(path, 'a') as f:
-            f.write(line)
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
     except OSError as error:
@@ -224,7 +226,3 @@ def fingerprint(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -59,23 +59,28 @@ def make(folder: Path):
         sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
 
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what network file systems without any say
-
-
 def lock(folder: Path) -> TextIOBase:
-    """A file that keeps other processes out as long as it is open; workers do not inherit it."""
+    """A file that keeps other processes out as long as it is open, and says who has it; workers do not inherit it."""
     try:
         file = open(folder / '.lock', 'a')  # noqa: SIM115
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take(file, folder)
         file.truncate(0)
         file.write(distributed.launched_by())
         file.flush()
+    except OSError as error:
+        sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
+    return file
+
+
+def take(file: TextIOBase, folder: Path):
+    """Lock it, or end where another process has it; some network file systems have no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f'error: another run is writing to {folder}')
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            sys.exit(f'error: cannot write to --output {folder}: {error.strerror}')
-    return file
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def clear(folder: Path, found: list, anew: bool, epoch: int):
