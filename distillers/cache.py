@@ -182,12 +182,14 @@ class TeacherCache:
         unknown, (_, at_once) = self.unknown(), AT_ONCE[self.device.type]
         while True:
             until = time.monotonic() + SAVE_EVERY  # then all ranks hear of each other
-            while done < len(unknown) and time.monotonic() < until and not signals.caught():
+            while done < len(unknown) and not signals.caught():
                 rows = unknown[done:done + at_once]
                 index, view = rows // VIEWS, rows % VIEWS
                 there = [x.to(self.device, non_blocking=True) for x in (index, view)]
                 self.look(Batch(resident.views(*there), there[0], index, None, view=view))
                 done += len(rows)
+                if time.monotonic() > until:
+                    break
             self.save()
             if len(unknown):
                 distributed.say(f'teacher cache: {done:,} of {len(unknown):,} views filled in, '

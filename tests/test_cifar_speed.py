@@ -11,7 +11,7 @@ import zoo
 from conftest import assert_same, at_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillers import DISTILLERS, Distillation
+from distillers import DISTILLERS, Distillation, cache
 from distillers.cache import HEADER, Table, TeacherCache
 from models import Features
 from utils import data, signals
@@ -402,3 +402,12 @@ def test_tables_are_of_one_teacher_and_one_data_set(tmp_path):
         TeacherCache(teacher, identity, {'logits'}, train, Prepare(arguments(), CPU), CPU,
                      argparse.Namespace(cache_dir=tmp_path, dataset='cifar10'))
     assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_a_table_is_filled_in_rounds_after_which_ranks_hear_of_each_other(distill, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, 'SAVE_EVERY', 0)
+    monkeypatch.setitem(cache.AT_ONCE, 'cpu', (64, 256))
+    run = distill(*KD, '--cache-teacher', 'full', '--output', tmp_path)
+    assert run.code == 0, run.err
+    told = [line.split(' views filled in')[0] for line in run.out.splitlines() if 'views filled in' in line]
+    assert told == [f'teacher cache: {n} of 810' for n in (256, 512, 768, 810)]

@@ -35,7 +35,7 @@ def epoch_of(order, epoch=0, start=0):
 
 
 @pytest.mark.parametrize('world', [1, 2, 3, 5])
-@pytest.mark.parametrize('batch, accum', [(8, 1), (7, 3), (39, 1), (5, 2)])
+@pytest.mark.parametrize('batch, accum', [(8, 1), (7, 3), (39, 1), (5, 2), (6, 1)])
 def test_every_world_sees_the_same_samples_in_every_update(world, batch, accum):
     length = 39
     alone = TrainOrder(length, batch, accum, seed=1, rank=0, world=1)
