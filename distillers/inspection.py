@@ -23,7 +23,7 @@ from utils import checkpoint, distributed, setup, together
 from utils.closely import now
 from utils.cost import cut, loading, measure, preparation, step
 from utils.data import Prepare, bad_allowed, contents, load_data
-from utils.engine import Supervised
+from utils.engine import Supervised, parts
 from utils.errors import line
 from utils.folder import refuse_harm, take
 from utils.meters import hits
@@ -89,8 +89,11 @@ class Unwritten(Run):
 
 def worker(args, device):
     """In place of those of the scripts."""
-    setup.configure(args, device)
     found, methods = Findings(), getattr(args, 'distiller', [])
+    if problem := setup.no_graph(args, device):
+        found.problems.append(problem)
+        args.cuda_graph = False
+    setup.configure(args, device)
     ranks, nodes = distributed.planned(args)
     batch_size = args.batch_size * nodes
     one = Namespace(**vars(args) | {  # what the one process here does: the part of one rank
@@ -186,7 +189,7 @@ def worker(args, device):
             batch = batch._replace(target=batch.target % outputs, weight=1.0)
             n, cost = len(batch.target), {'load': load, 'evaluation': seconds['student']}
             if methods:  # before the updates, as in the run
-                cost |= preparation(made, train, prepare, min(args.pair_images, length) / ranks, n, device)
+                cost |= preparation(made, train, prepare, min(args.pair_images, length) / ranks, n, load / n, device)
             reached = set()
             for p in task.parameters():
                 if p.requires_grad:
@@ -240,7 +243,8 @@ def find_data(args, one, seed, device, found: Findings) -> tuple:
             train, valid, classes = load_data(made_up, seed, device)
         if args.teacher_resume:
             with suppress(ValueError):  # is listed where its weights are loaded
-                classes = range(checkpoint.outputs_of(checkpoint.read(Path(args.teacher_resume)), args.teacher_resume))
+                file = Path(args.teacher_resume)
+                classes = range(checkpoint.outputs_of(checkpoint.read(file), file))
         classes = max((source.classes for source in sources.values()), key=len, default=classes)
         found.notes.append('made-up images stand in for the data')
     if sources:
@@ -280,11 +284,18 @@ def score(network: nn.Module, valid, prepare, device, args) -> tuple[int, int, f
     """How many of some validation images are right, of how many, and seconds per image."""
     valid.batch_sampler.samples = spread(len(valid.dataset), SCORED[device.type])
     right, n, seconds = 0, 0, []
+
+    def guess(images):
+        with setup.precision(device, args.amp):
+            return torch.cat([network(some) for some in parts(images)])
+
     with evaluating(network):
         for batch in valid:
-            ready, began = prepare(batch), now(device)
-            with setup.precision(device, args.amp):
-                logits = network(ready.images)
+            ready = prepare(batch)
+            if not seconds:
+                guess(ready.images)  # the first time it is compiled, or kernels are chosen
+            began = now(device)
+            logits = guess(ready.images)
             seconds.append((now(device) - began) / len(logits))
             right += hits(logits, ready.target % logits.shape[1])[0].item()
             n += len(logits)

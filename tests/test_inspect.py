@@ -3,16 +3,19 @@ import argparse
 import os
 import re
 import shutil
+import time
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import arguments, write_images
 from torch import nn
 
 from distillers import lean, looks
 from distillers.mgd import MGD
 from models import create_model
 from utils import cost
+from utils.data import load_data
+from utils.resident import Resident
 
 PAIR = ['--arch', 'shufflenet_v2_x0_5', '--teacher-arch', 'shufflenet_v2_x1_0']
 TEACHER = 'shufflenet_v2_x1_0'
@@ -70,6 +73,50 @@ def test_what_is_told(distill, images, teacher, tmp_path):
                  '0.02 from epoch 0, 0.002 from epoch 2, 0.0002 from epoch 4', 'a step in all', 'peak memory',
                  'before the first epoch', str(path)[-37:]):
         assert text in said, text
+
+
+def test_what_a_device_lacks_is_one_problem_among_others(base, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    run = base(images, '--arch', 'resnet8', '--image-size', 32, '-b', 8, '-j', 0, '--cuda-graph', '--inspect',
+               '--student-resume', tmp_path / 'gone.pth', quick=False)
+    told = problems(run)
+    assert run.code == 1 and len(told) == 2 and '--cuda-graph needs a GPU' in told[0] and 'gone.pth' in told[1]
+
+
+def test_data_on_the_device_take_time(monkeypatch):
+    """Many batches are made at once: what is between two of them is not what they take."""
+    args = arguments('--dummy', '--dataset', 'cifar100', '--dummy-images', 6000, '-b', 100, '-j', 4)
+    train, _, _ = load_data(args, 0, torch.device('cpu'))
+    genuine = Resident.views
+
+    def slow(*args):
+        time.sleep(0.1)
+        return genuine(*args)
+    monkeypatch.setattr(Resident, 'views', slow)
+    _, load = cost.loading(train, args, torch.device('cpu'))
+    assert load > 0.1 / 10  # of so many batches
+
+
+def test_methods_do_not_wait_for_a_loader_that_begins():
+    class Beginning:
+        def sample(self, epoch, n):
+            time.sleep(0.2)
+            yield 'a batch'
+
+    class Looking:
+        def start_epoch(self, epoch, batches):
+            return {'it': [] if list(batches()) == ['a batch'] else None}
+
+    told = cost.preparation(Looking(), Beginning(), str, 1000, 8, 0.002, torch.device('cpu'))
+    assert told['first'] == pytest.approx(2, abs=1) and told['each'] == pytest.approx(2, abs=1)
+
+
+def test_what_a_system_does_not_tell_of_its_memory_is_no_problem(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, 'STATUS', tmp_path / 'status')
+    (tmp_path / 'status').write_text('Name: python\n')
+    (tmp_path / 'clear_refs').mkdir()
+    cost.forget_peak(torch.device('cpu'))
+    assert cost.peak(torch.device('cpu')) == 0
 
 
 def test_more_workers_than_cores_are_told_of_once(base, images, recwarn):

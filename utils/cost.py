@@ -2,14 +2,16 @@
 import io
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.data import DataLoader
 
 from .closely import now
+from .data import AT_ONCE
 from .engine import train_one_epoch
 from .graph import WARM_UP
 from .learner import Learner
@@ -41,7 +43,8 @@ class Again:
 
 def loading(train, args, device) -> tuple:
     """A batch, and the seconds from batch to batch where nobody keeps the loader waiting."""
-    order, ahead = train.order, max(args.workers, 1)
+    order = train.order
+    ahead = max(args.workers if isinstance(train.loader, DataLoader) else AT_ONCE // order.batch, 1)
     whole = order.length // order.batch
     wanted = max(min(3 * ahead, whole), 1)
     order.at(0, max(whole - wanted, 0) * order.batch)
@@ -51,7 +54,7 @@ def loading(train, args, device) -> tuple:
         first = first or batch
         if times[-1] - times[0] > PATIENCE / 2:
             break
-    warm = times[ahead if len(times) > ahead + 1 else 0:]  # behind those that all workers begin with at once
+    warm = times[ahead if len(times) > ahead + 1 else 0:]  # behind those that all workers, or the device, begin with
     return first, (warm[-1] - warm[0]) / (len(warm) - 1)
 
 
@@ -80,20 +83,26 @@ def measure(batch, how, device) -> dict[str, float]:
     return step(batch, *how) | {'images': images, 'peak': peak(device)}
 
 
-def preparation(distillation, train, prepare, pairs: float, n: int, device) -> dict[str, float]:
-    """Seconds of what methods do with pairs of images before the first and the next epoch, scaled from a few."""
+def preparation(distillation, train, prepare, pairs: float, n: int, load: float, device) -> dict[str, float]:
+    """Seconds of what methods do with pairs of images before the first and the next epoch, scaled from a few.
+
+    load: seconds per image of a loader at work; these few wait for one that begins.
+    """
     some, seconds = min(n, TINY) if device.type == 'cpu' else n, []
     for epoch in (1, 2):
         looks, began = [], now(device)
 
         def look():
-            looks.append(1)  # noqa: B023
-            return map(prepare, train.sample(0, some))
+            before = now(device)
+            found = [*train.sample(0, some)]
+            looks.append(now(device) - before)  # noqa: B023
+            return map(prepare, found)
         news = distillation.start_epoch(epoch, look)
         if news is None:
             sys.exit('error: stopped by a signal')
         fixed = sum(row.get('seconds', 0.0) for rows in news.values() for row in rows)
-        seconds.append(fixed + (now(device) - began - fixed) * pairs / some if looks else 0.0)
+        each = (now(device) - began - fixed - sum(looks)) / some + load * len(looks)
+        seconds.append(fixed + pairs * each if looks else 0.0)
     return dict(zip(('first', 'each'), seconds))
 
 
@@ -105,8 +114,9 @@ def cut(batch, n: int):
 def forget_peak(device):
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
-    elif STATUS.exists():
-        (STATUS.parent / 'clear_refs').write_text('5')
+    else:
+        with suppress(OSError):  # where the system has no such file, the peak is that of the whole process
+            (STATUS.parent / 'clear_refs').write_text('5')
 
 
 def peak(device) -> int:
@@ -118,7 +128,8 @@ def peak(device) -> int:
 
 def status(key: str) -> int:
     """Bytes of this process, where the system tells, else 0. Not getrusage: a child inherits its peak."""
-    return 1024 * int(STATUS.read_text().partition(f'{key}:')[2].split()[0]) if STATUS.exists() else 0
+    told = STATUS.read_text().partition(f'{key}:')[2].split() if STATUS.exists() else []
+    return 1024 * int(told[0]) if told else 0
 
 
 def memory(device) -> int:

@@ -19,8 +19,8 @@ def configure(args, device: torch.device):
     if args.fast:
         args.channels_last, args.amp = True, 'bf16' if args.amp == 'off' and has_bf16(device) else args.amp
         distributed.say(f'fast: --channels-last --amp {args.amp}')
-    if args.cuda_graph and (device.type != 'cuda' or (args.gpu is None and torch.cuda.device_count() > 1)):
-        distributed.stop('--cuda-graph needs a GPU, and only one: name it with --gpu')
+    if problem := no_graph(args, device):
+        distributed.stop(problem)
     torch.backends.cudnn.benchmark = not args.deterministic  # the fastest kernels may be others the next time
     if args.compile:  # per forward(): for either network, training and evaluation, whole batches and the rest
         torch._dynamo.config.recompile_limit = 32
@@ -30,6 +30,12 @@ def configure(args, device: torch.device):
     if args.deterministic:
         os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
         torch.use_deterministic_algorithms(True)
+
+
+def no_graph(args, device: torch.device) -> str:
+    """Why --cuda-graph, if asked for, cannot be."""
+    possible = device.type == 'cuda' and (args.gpu is not None or torch.cuda.device_count() == 1)
+    return '' if possible or not args.cuda_graph else '--cuda-graph needs a GPU, and only one: name it with --gpu'
 
 
 def has_bf16(device: torch.device) -> bool:
