@@ -33,7 +33,7 @@ class Distiller(nn.Module):
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
     def forward(self, s: Features, t: Features, batch) -> dict[str, torch.Tensor]:
-        """The weighted losses by name, means over the batch."""
+        """The weighted losses, means over the batch, by names that are the method's or begin with it and a _."""
         raise NotImplementedError
 
     def know(self, targets: torch.Tensor):
@@ -120,8 +120,12 @@ class Distillation(nn.Module):
         if self.standardize:
             s, t = (with_logits(x, z_scores(x.logits)) for x in (s, t))
         own, frozen = with_logits(own, s.logits), detached(t) if self.trains_teacher else t
-        for distiller in self.distillers.values():
-            losses |= distiller(s if adapts(type(distiller)) else own, t if distiller.trains_teacher else frozen, batch)
+        for name, distiller in self.distillers.items():
+            told = distiller(s if adapts(type(distiller)) else own, t if distiller.trains_teacher else frozen, batch)
+            for key in told:
+                if key != name and not key.startswith(f'{name}_'):  # it could take the place of another's
+                    raise ValueError(f'{name} calls a loss {key}: its losses are {name}, or {name}_ and a word')
+            losses |= told
         return logits, losses
 
     def compile(self, **how):

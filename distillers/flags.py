@@ -10,9 +10,15 @@ from .base import Distiller
 
 def hyper_parameters(method: type[Distiller]) -> dict[str, tuple[inspect.Parameter, str]]:
     """name: (parameter, text of its docstring line)."""
-    texts = notes(method)
-    parameters = inspect.signature(method).parameters.values()
-    return {p.name: (p, texts[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    texts, parameters = notes(method), inspect.signature(method).parameters.values()
+    own = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for p in own:
+        if p.name not in texts:
+            raise ValueError(f'{method.__name__}: its docstring has no line "{p.name}: ...", which --help would show')
+        if get_origin(p.annotation) not in (Literal, tuple) and type(p.default) not in (bool, int, float, str):
+            raise ValueError(f'{method.__name__}: {p.name} is no number, text or bool by its default, and no Literal '
+                             'or tuple by its annotation')
+    return {p.name: (p, texts[p.name]) for p in own}
 
 
 def notes(method: type[Distiller]) -> dict[str, str]:
@@ -46,7 +52,8 @@ def add_flags(parser, table: dict[str, type[Distiller]]):
     for name, method in table.items():
         group = parser.add_argument_group(f'--distiller {name}', first_line(method))
         for key, (parameter, text) in hyper_parameters(method).items():
-            group.add_argument(flag(name, key), default=parameter.default, help=text, **options(parameter))
+            group.add_argument(flag(name, key), default=parameter.default, help=text.replace('%', '%%'),
+                               **options(parameter))
 
 
 def values_of(table: dict[str, type[Distiller]], name: str, args) -> dict:

@@ -52,7 +52,7 @@ class Recorder(Distiller):
 
     def forward(self, s, t, batch):
         self.calls.append((s, t, batch))
-        return {'first': s.pooled.sum(), 'second': t.pooled.sum()}
+        return {'recorder_first': s.pooled.sum(), 'recorder_second': t.pooled.sum()}
 
     def start_epoch(self, epoch, pairs):
         self.calls.append((epoch, list(pairs())))
@@ -149,7 +149,7 @@ def test_losses_merge_and_logits_are_those_of_the_student_alone(networks):
     expected = alone(batch.images)
     assert torch.equal(logits, expected)
     assert_same(student.state_dict(), alone.state_dict())
-    assert list(losses) == ['ce', 'kd', 'first', 'second']
+    assert list(losses) == ['ce', 'kd', 'recorder_first', 'recorder_second']
     assert losses['ce'].item() == F.cross_entropy(expected, batch.target, label_smoothing=0.1).item()
     with torch.no_grad():
         kd = KD(None, None)(features(expected), features(teacher(batch.images)), batch)
@@ -344,6 +344,61 @@ def parse(words, table=DISTILLERS):
     parser = argparse.ArgumentParser()
     add_flags(parser, table)
     return parser.parse_args(words)
+
+
+def test_a_loss_has_the_name_of_its_method(networks):
+    """Else it could take the place of another's, or pass for the labels'."""
+    for name, key in (('recorder', 'kd'), ('recorder', 'ce'), ('kd', 'kdsvd')):
+        method = Recorder(*networks)
+        method.forward = lambda s, t, batch, key=key: {key: s.pooled.sum()}
+        with pytest.raises(ValueError, match=f'^{name} calls a loss {key}: its losses are {name}, or {name}_'):
+            Distillation(*networks, {name: method})(make_batch())
+
+
+def test_a_method_whose_flags_cannot_be_made_says_why():
+    class Undocumented(Distiller):
+        """Says nothing of its weight."""
+
+        def __init__(self, student, teacher, *, weight=1.0):
+            super().__init__()
+
+    class Untyped(Distiller):
+        """Too little.
+
+        weight: None says nothing of the type
+        """
+
+        def __init__(self, student, teacher, *, weight=None):
+            super().__init__()
+
+    class Several(Distiller):
+        """Too little.
+
+        weight: a list says nothing of what is in it
+        """
+
+        def __init__(self, student, teacher, *, weight=(1.0, 2.0)):
+            super().__init__()
+
+    for method, complaint in ((Undocumented, 'no line "weight: ..."'), (Untyped, 'weight is no number'),
+                              (Several, 'weight is no number')):
+        with pytest.raises(ValueError, match=f'{method.__name__}: .*{complaint}'):
+            parse([], {'it': method})
+
+
+def test_a_flag_may_speak_of_percent(capsys):
+    class Percent(Distiller):
+        """Some.
+
+        share: 50 % of them
+        """
+
+        def __init__(self, student, teacher, *, share=50):
+            super().__init__()
+
+    with pytest.raises(SystemExit):
+        parse(['--help'], {'it': Percent})
+    assert '50 % of them' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('method', [*DISTILLERS.values(), Recorder])

@@ -10,6 +10,7 @@ import torch
 
 from . import distributed
 
+LABELS = {'ce', 'ce_teacher'}  # the losses that are theirs
 LOOKS, APART = 4, 50  # per epoch, and updates between two: a look costs a backward pass through the student
 
 _looking = None  # the Closely whose update is looked at now
@@ -51,7 +52,7 @@ class Closely:
 
     def at_losses(self, losses: dict, weight: float):
         """Before a backward pass: keep the gradient of the labels' part. The graph stays."""
-        labels = [loss for name, loss in losses.items() if name.startswith('ce')]
+        labels = [loss for name, loss in losses.items() if name in LABELS]
         if self.on and len(labels) < len(losses) and not self.one_backward:
             grads = torch.autograd.grad(weight * sum(labels), self.parameters, retain_graph=True, allow_unused=True)
             flat = self.flat(grads)

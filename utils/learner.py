@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from .closely import Closely, timed
+from .closely import LABELS, Closely, timed
 from .dot import DOT
 from .graph import Recorded
 from .guard import Guard
@@ -30,7 +30,7 @@ class Learner:
         total = sum(losses.values())
         loss = self.guard.loss(batch.weight * total)
         if isinstance(self.optimizer, DOT):
-            self.optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if k.startswith('ce') == labels)
+            self.optimizer.split(*(batch.weight * sum(v for k, v in losses.items() if (k in LABELS) == labels)
                                    for labels in (True, False)))
         if look:
             look.at_losses(losses, batch.weight)
