@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .features import Features
+from .features import Features, Unfit, only_logits
 
 INPUT, OUTPUT, LEFT = range(3)  # of a call; LEFT: its output as the rest of the network left it
 
@@ -121,8 +121,8 @@ class Foreign(Wrapper):
         self.told = self.describe(ends)
 
         self.paths, self.copied = list(dict.fromkeys(tap.path for tap in self.taps())), []
-        for path in self.paths:
-            module = network.get_submodule(path)
+        dropouts = [module for module in network.modules() if isinstance(module, _DropoutNd)]  # which the pass skips
+        for module in [*dropouts, *map(network.get_submodule, self.paths)]:
             if getattr(module, 'inplace', False):
                 module.inplace = False
         with torch.no_grad():
@@ -157,7 +157,7 @@ class Foreign(Wrapper):
             return self.network(x)
         logits, notes = self.noted(x)
         if spoiled := self.changed(notes):
-            raise RuntimeError(f'the network changed in place what was seen at {", ".join(spoiled)}: name other stages')
+            raise Unfit(f'the network changed in place what was seen at {", ".join(spoiled)}: name other stages')
         pooled, *preact = (notes[tap.path][tap.number][tap.what].tensor for tap in (self.pooled, *self.preact))
         maps = [notes[tap.path][tap.number][tap.what].tensor for tap in self.maps]
         pooled = mean(pooled)
@@ -173,7 +173,7 @@ class Foreign(Wrapper):
                 module.register_forward_pre_hook(note_input)
                 module.register_forward_hook(note_output)
             module.notes = []
-        logits = self.network(x)
+        logits = only_logits(self.network(x))
         notes = {path: module.notes for path, module in modules.items()}
         for module in modules.values():
             module.notes = None
@@ -242,7 +242,7 @@ def trace(network: nn.Module, sizes, num_classes: int) -> tuple[Tensor, Tensor, 
             logits, root, calls = traced(network, image)
             refuse_other_outputs(logits, num_classes)  # of a larger image some make several rows, by view(-1, channels)
             return image, logits, root, calls
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except Exception as error:  # of somebody's forward()
             trouble = str(error).strip().splitlines() or [type(error).__name__]
     raise ValueError(f'it does not take images of {" or ".join(map(str, sizes))} pixels: {trouble[0]}')
 
@@ -340,12 +340,18 @@ def find_norm(calls: list[Call], until: int, channels: int) -> str | None:
 
 
 def find_classifier(calls: list[Call], logits: Tensor) -> Call:
-    """The last linear layer that makes as many numbers of an image, or convolution that makes as many maps."""
+    """The last linear layer that makes as many numbers of an image, or convolution that makes as many maps.
+
+    A matrix of weights makes a layer linear enough: it may go by cosines.
+    """
     for call in reversed(calls):
-        ndim = 2 if isinstance(call.module, nn.Linear) else 4 if isinstance(call.module, nn.Conv2d) else 0
-        if ndim and call.output.ndim == ndim and call.output.shape[:2] == logits.shape:
+        linear = isinstance(call.module, nn.Linear) or any(p.ndim == 2 for p in call.module.parameters(recurse=False))
+        ndim = 4 if isinstance(call.module, nn.Conv2d) else 2 if linear and isinstance(call.input, Tensor) else 0
+        if ndim and isinstance(call.output, Tensor) and call.input.ndim == call.output.ndim == ndim and (
+                call.output.shape[:2] == logits.shape):
             return call
-    raise ValueError(f'its classifier is not found: no linear layer or convolution has {logits.shape[1]} outputs')
+    raise ValueError(f'its classifier is not found: no layer with a matrix of weights, and no convolution, has '
+                     f'{logits.shape[1]} outputs')
 
 
 def mean(x: Tensor) -> Tensor:

@@ -36,6 +36,14 @@ def test_those_of_a_network_are_replaced_and_nothing_else_changes(name, strided)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in after.parameters())
 
 
+def test_padding_in_words_is_left_alone():
+    """The gradient's own kernels know numbers only."""
+    conv = place(nn.Conv2d(6, 6, 3, 2, 'valid', groups=6, bias=False), CPU, HALF)
+    with precision(CPU, 'bf16'):
+        conv(torch.randn(1, 6, 9, 9)).sum().backward()
+    assert conv.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('half', [True, False])
 @pytest.mark.parametrize('compile', [False, True])
 def test_gradients_are_those_of_the_convolution(half, compile):

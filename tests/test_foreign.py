@@ -1,6 +1,7 @@
 """Networks from elsewhere: what the adapter shows of them, against passes by hand; names, weights, images."""
 import copy
 import pickle
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import assert_same
+from test_methods import REFUSED
 from torch import nn
 from torchvision.transforms import functional as pixels
 
@@ -341,14 +343,15 @@ def test_a_network_without_maps():
     torch.testing.assert_close(teacher.classifier(shown.head.mean((2, 3))), shown.logits)
 
     for name, method in DISTILLERS.items():
-        if name in ('kd', 'dkd', 'dist', 'mrkd', 'edkd', 'rkd', 'pkt', 'cc', 'crd', 'simkd', 'srd', 'expkd'):
+        reads = {*(method.teacher_reads or ())}
+        if reads & {'preact', 'maps'}:
+            with pytest.raises(ValueError, match='has no maps'):
+                method(student, teacher)
+        elif reads and 'wider' not in REFUSED.get(name, ()):
             task = Distillation(copy.deepcopy(student), teacher, {name: method(student, teacher)})
             batch = Batch(images(4, 16), torch.arange(4), torch.arange(4), None)
             task.know(torch.arange(40) % CLASSES)
             assert sum(task(batch)[1].values()).isfinite()
-        elif name != 'dml' and 'srd' not in name:
-            with pytest.raises(ValueError, match='has no maps'):
-                method(student, teacher)
 
 
 @pytest.mark.parametrize('name', ['mgd', 'ofd', 'at'])
@@ -408,6 +411,70 @@ def test_what_cannot_be_taken_in():
             Foreign(network, CLASSES)
     with pytest.raises(ValueError, match='does not take images of 8 or 9 pixels'):
         Foreign(torchvision.models.alexnet(num_classes=CLASSES), CLASSES, sizes=(8, 9))
+
+
+class Cosine(nn.Module):
+    """A classifier by angles, which is no nn.Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CLASSES, 8))
+
+    def forward(self, x):
+        return 10 * F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+def test_a_classifier_may_go_by_cosines():
+    network = made_up()
+    network.fc = Cosine()
+    adapted = Foreign(network, CLASSES)
+    shown = adapted(images(), features=True)
+    torch.testing.assert_close(network.fc(shown.pooled), shown.logits)
+    assert shown.pooled.shape == (2, 8) and adapted.classifier_path == 'fc'
+    KD, SimKD = DISTILLERS['kd'], DISTILLERS['simkd']
+    KD(adapted, adapted)
+    with pytest.raises(ValueError, match='its logits are not just what fc'):
+        SimKD(adapted, adapted)
+
+
+def test_a_size_may_be_refused_by_any_error():
+    def table(network, x):
+        return x + {4: 0, 2: 0}[x.shape[-1]]  # of images of 16 pixels
+
+    assert Foreign(made_up(after=table), CLASSES, sizes=(224, 16)).image_size == 16
+
+
+class InTraining(Net):
+    """Does otherwise than in an evaluation, of which the probe is one."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+def in_training(num_classes):
+    return InTraining(num_classes)
+
+
+def test_a_network_that_returns_more_in_training_is_one_line(base, distill, images, tmp_path):
+    assert base(images, '--arch', 'test_foreign:in_training', '-e').code == 0
+    teacher = ['--teacher-arch', 'test_foreign:made_up', '--distiller', 'kd', '--teacher-resume', tmp_path / 't.pth']
+    torch.save(Net(3).state_dict(), tmp_path / 't.pth')
+    for run in (base(images, '--arch', 'test_foreign:in_training', '--epochs', 1),
+                distill(images, '--arch', 'test_foreign:in_training', '--epochs', 1, *teacher)):
+        assert run.code == 1 and 'returns a tuple, but it has to return its logits alone' in run.err, run.err
+        assert run.err.count('\n') == 1
+
+
+def test_dropout_in_place_spoils_nothing():
+    """A probe passes it over; in training it would change the map that was shown before."""
+    network = made_up()
+    network.between = nn.Dropout2d(0.5, inplace=True)
+    network.after = lambda network, x: network.between(x)
+    adapted = Foreign(network, CLASSES).train()
+    torch.manual_seed(0)
+    shown = adapted(images(), features=True)
+    assert len(shown.maps) == 2 and (shown.maps[0] > 0).any() and not network.between.inplace
 
 
 def test_a_network_whose_rows_depend_on_the_size_is_taken_in_at_its_own():
@@ -515,6 +582,26 @@ def test_classes_in_another_order_are_refused(tmp_path, capsys):
         checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'cat', 'bee'])
     with pytest.raises(SystemExit, match='output 3 is None there and dog here'):
         checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'bee', 'cat', 'dog'])
+
+
+def test_bare_weights_of_a_run_know_their_classes(base, images, tmp_path):
+    """Of data with fewer, or others, no output would stand for what it stood for."""
+    run, other = tmp_path / 'run', tmp_path / 'other'
+    assert base(images, '--epochs', 1, '--output', run).code == 0
+    shutil.copytree(images, other)
+    for split in ('train', 'valid'):
+        shutil.rmtree(other / split / 'bee')
+    named = ['-e', '--student-resume', run / 'best.pth']
+    for weights in (named, ['-e', '--output', run], ['--teacher-arch', 'resnet8', '--teacher-resume', run / 'last.pth',
+                                                     *named]):
+        refused = base(other, '--num-classes', 3, *weights)
+        assert refused.code == 1 and 'output 1 is bee there and cat here' in refused.err, refused.err
+    (run / 'best.pth').rename(other / 'best.pth')
+    believed = base(other, '--num-classes', 3, '-e', '--student-resume', other / 'best.pth')
+    assert believed.code == 0, believed.err
+    assert base(images, '-e', '--student-resume', run / 'last.pth').code == 0
+    (run / 'predictions.npz').write_bytes(b'torn')
+    assert base(images, '-e', '--student-resume', run / 'last.pth').code == 0
 
 
 def test_from_beginning_to_end(distill, base, images, tmp_path, monkeypatch):

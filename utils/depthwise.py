@@ -38,5 +38,5 @@ def replace_strided_depthwise(network: nn.Module):
     """In place, as are their weights."""
     for module in network.modules():
         if (type(module) is nn.Conv2d and 1 < module.groups == module.in_channels and max(module.stride) > 1
-                and module.bias is None and module.padding_mode == 'zeros'):
+                and module.bias is None and module.padding_mode == 'zeros' and isinstance(module.padding, tuple)):
             module.__class__ = StridedDepthwise

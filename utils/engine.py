@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.features import only_logits
+
 from . import distributed, signals, together
 from .closely import Closely, timed
 from .data import bad_allowed
@@ -26,7 +28,7 @@ class Supervised(nn.Module):
 
     def forward(self, batch):
         with timed('student'):
-            logits = self.student(batch.images)
+            logits = only_logits(self.student(batch.images))
         return logits, {'ce': F.cross_entropy(logits.float(), batch.target, label_smoothing=self.label_smoothing)}
 
 

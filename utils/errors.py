@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from models.features import Unfit
+
 
 def line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -12,6 +14,8 @@ def line(error: Exception) -> str:
 def in_words(error: Exception, rank: int, args) -> str:
     """An error of the device or of another rank, for the user; nothing of one whose traceback is needed."""
     text = line(error)
+    if isinstance(error, Unfit):
+        return text
     if isinstance(error, torch.OutOfMemoryError):
         return (f'rank {rank}: {". ".join(text.split(". ")[:2])}: take a smaller -b (with --accum-steps, if the global '
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
