@@ -37,7 +37,7 @@ def worker(args, device):
     seed_everything(run.seed, 'initial weights')
     student = setup.place(build_student(args, outputs, args.pretrained), device, args)
     if args.evaluate:
-        run.load_evaluated(student)
+        run.load_evaluated(student, classes)
         networks = {'student': distributed.replicated(student, device, args)}
         if args.teacher_resume:
             teacher = setup.place(build_teacher(args, outputs), device, args)

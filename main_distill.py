@@ -156,7 +156,7 @@ def worker(args, device):
                 checkpoint.fill(teacher, run.saved['teacher'], run.origin, f'--teacher-arch {args.teacher_arch}')
             else:
                 del both['teacher']
-        run.load_evaluated(network)
+        run.load_evaluated(network, classes)
         run.report(evaluate(both, valid, prepare, device, args))
         return
 

@@ -38,6 +38,7 @@ for name in pairs seeds; do  # with nothing given, the table's own
 done
 [[ ${DATA-} ]] || { echo "$(basename "$0"): DATA is not set: the folder of CIFAR-100, or --dummy" >&2; exit 2; }
 folder=${RUNS:-runs}/$table
+[[ $DATA != --dummy ]] || folder=${RUNS:-runs}/check/$table  # a table's own folders are for its runs
 
 unpublished() { echo "note: $method, $pair: no $1 is published, this is the default" >&2; }
 

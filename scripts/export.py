@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -122,9 +121,10 @@ def export(options):
 def find(path: Path):
     """The weights' file, its content, the outputs, and what is known of the run: arguments, seed, scores, teacher."""
     path = path / 'best.pth' if path.is_dir() else path
+    if path.name == 'teacher.pth':
+        sys.exit(f'error: {path} learned beside the student of the run, which is what is exported: name {path.parent}')
     try:
         content = checkpoint.read(path)
-        outputs = checkpoint.outputs_of(content, path)
     except ValueError as error:
         sys.exit(f'error: {error}')
     try:
@@ -132,15 +132,18 @@ def find(path: Path):
                  if (file := path.parent / f'{name}.json').is_file()}
         record = {'arguments': noted.get('args'), 'start': noted.get('start', {}), **noted.get('result', {})}
         if checkpoint.is_checkpoint(content):
-            record |= {key: content[key] for key in ('arguments', 'seed')} | content['facts'] | content['progress']
-        with suppress(ValueError, KeyError):
-            record['classes'] = checkpoint.read(path.with_name('checkpoint.pth'))['classes']
+            record |= {key: content[key] for key in ('arguments', 'seed')} | content['progress'] | content['facts']
+        if known := checkpoint.classes_of(content, path):
+            record['classes'] = known
         if not {'arch', 'dataset', 'data', 'dummy', 'image_size', 'num_classes'} <= record['arguments'].keys():
             raise KeyError
     except (KeyError, TypeError, AttributeError, ValueError):
         sys.exit(f'error: {path} does not say which network it is, and no args.json of a run lies beside it: name the '
                  'folder of a run, or a .pth file in it')
-    return path, content, outputs, record
+    try:
+        return path, content, record['arguments']['num_classes'] or checkpoint.outputs_of(content, path), record
+    except ValueError as error:
+        sys.exit(f'error: {error}')
 
 
 def name_classes(there, known, outputs, args) -> list[str]:

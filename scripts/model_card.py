@@ -95,10 +95,11 @@ EIGHT = """
 
 def card(file, small, args, rows, meta, checked, how) -> str:
     """rows: of facts(); checked: what is to be said of the check; how: the lines that load the network."""
-    size = args.image_size
+    size, (source, _, _) = args.image_size, args.arch.rpartition(':')
+    more = ', and timm' if source == 'timm' else f', and the module `{source}`' if is_function(args.arch) else ''
     where = ('It takes a checkout of the repository: the student predicts through layers of its method.'
              if 'from distillers' in how else
-             'It takes the folder `models/` of the repository, which needs nothing but torch and torchvision.'
+             f'It takes the folder `models/` of the repository, which needs nothing but torch and torchvision{more}.'
              if 'from models' in how else 'It takes nothing of the repository.')
     eight = small and EIGHT.format(name=small.name, how=LOAD['int8'].format(file=small.name))
     resize = (f'v2.Resize({round(size * 256 / 224)}), v2.CenterCrop({size})' if args.dataset == 'imagefolder' else

@@ -63,7 +63,6 @@ def worker(args, device):
     if len(valid.dataset) < 2:
         sys.exit('error: one validation image is too few to compare anything')
     outputs = args.num_classes or len(classes)
-    classes += [f'output {i}' for i in range(len(classes), outputs)]
 
     networks = {}
     for role, arch, build, path, pretrained in (
@@ -74,7 +73,8 @@ def worker(args, device):
         network.image_size = args.image_size
         networks[f'{role} {arch}'] = network
         if path:
-            checkpoint.load_weights(network, path, arch)
+            checkpoint.load_weights(network, path, arch, classes)
+    classes = [*classes, *(f'output {i}' for i in range(len(classes), outputs))]
     pictures = {'tsne': draw_tsne, 'correlation': draw_correlation, 'cam': draw_cams}
     if outputs < 2:
         del pictures['correlation']

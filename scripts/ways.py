@@ -16,6 +16,7 @@ from utils.args import NEUTRAL
 # arguments that runs of one way may differ in
 FREE = (NEUTRAL | {'seed', 'seeds'}) - {'teacher_resume', 'student_resume'}
 DATA = ('dataset', 'data', 'dummy', 'dummy_images')
+SEED_OR_TIME = r'(-\d{8}-\d{6})?(-\d+)?$'  # the end of a name, in which runs of one way differ
 COLUMNS = ('', 'network', 'top-1, last epoch', 'runs', 'top-1, best epoch', 'seconds per run')
 
 
@@ -114,7 +115,7 @@ def by_way(folders):
         held = {path.name for path in folder.iterdir()} - {'.lock', 'out.txt'} if folder.is_dir() else {'nothing'}
         if held and not held & {'args.json', 'result.json', 'log.jsonl'}:  # an empty one is of a run to come
             refuse(f'{folder} is not the folder of a run')
-        ways.setdefault(re.sub(r'-\d+$', '', folder.resolve().name), []).append(Run(folder))
+        ways.setdefault(re.sub(SEED_OR_TIME, '', folder.resolve().name), []).append(Run(folder))
     for name, runs in ways.items():
         known = [run for run in runs if run.arguments]
         for run in known[1:]:

@@ -99,6 +99,8 @@ def layouts(weights):
     yield {'model': weights, 'epoch': 3}
     yield {'student': weights}
     yield {'model_state': weights, 'epoch': 3}
+    yield {'model_state_dict': weights, 'optimizer_state_dict': {}, 'epoch': 3}
+    yield {'net': weights, 'acc': 71.2}
     average = {'n_averaged': torch.tensor(1), **{f'module.{k}': v for k, v in weights.items()}}
     yield {'format': 1, 'model': {k: v + 1 for k, v in weights.items()}, 'ema': average}
 
@@ -204,7 +206,7 @@ def test_best_weights_are_never_taken_for_those_of_another_epoch(images, tmp_pat
 def test_a_finished_run_whose_best_weights_are_gone(images, tmp_path, base):
     args = [images, '--epochs', 1, '--output', tmp_path / 'run']
     assert base(*args).code == 0
-    (tmp_path / 'run' / 'result.json').unlink()
+    (tmp_path / 'run' / 'best.pth').unlink()
     again = base(*args)
     assert again.code == 0 and 'of the best the weights are gone' in again.out
 

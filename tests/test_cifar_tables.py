@@ -452,7 +452,7 @@ def test_a_check_runs(recorded, tmp_path, monkeypatch):
     calls, _ = recorded('cifar100_same.sh', 'ab', 'resnet14-resnet8', 0, '--epochs', 1, '-b', 4, '-j', 0,
                         '--dummy-images', 8, '--no-accel', DATA='--dummy', RUNS=tmp_path / 'runs')
     assert [start(call, monkeypatch) for call in calls] == ['main_distill', 'main_base']
-    folder = tmp_path / 'runs' / 'cifar100' / 'ab-resnet14-resnet8-0'
+    folder = tmp_path / 'runs' / 'check' / 'cifar100' / 'ab-resnet14-resnet8-0'  # not where the table's are
     first, second = (json.loads((f / 'log.jsonl').read_text())['train'] for f in (folder / 'first', folder))
     assert first['losses']['ce'] == 0 < first['losses']['ab'] and 'ab' not in second.get('losses', {})
     assert 'made-up images' in refused(folder)

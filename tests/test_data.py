@@ -253,6 +253,26 @@ def test_odd_images_are_read_as_rgb(spoiled, by_pil):
     assert red > blue > green
 
 
+def test_pixels_of_other_ranges(tmp_path):
+    """Of 32-bit integers what is beyond 16 bits is white; of floats nobody knows what is."""
+    Image.fromarray(np.array([[0, 30000, 70000]], np.int32)).save(tmp_path / 'wide.tif')
+    assert np.asarray(read(tmp_path / 'wide.tif'))[0, :, 0].tolist() == [0, 117, 255]
+    Image.fromarray(np.full((1, 1), 0.6, np.float32)).save(tmp_path / 'float.tif')
+    with pytest.raises(ValueError, match='floats of an unknown range'):
+        read(tmp_path / 'float.tif')
+
+
+@pytest.mark.parametrize('names, told', [(['0', '1', '10', '2'], True), (['0', '1', '2'], False), (['a', 'b'], False),
+                                         (['0', '1', '10', '2a'], False)])
+def test_numbers_as_classes_are_in_the_order_of_texts(names, told, tmp_path, base):
+    for split in ('train', 'valid'):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new('RGB', (40, 40)).save(tmp_path / split / name / '0.png')
+    run = base(tmp_path, '-e')
+    assert run.code == 0 and ('in the order of texts: 0, 1, 10, 2' in run.out) == told
+
+
 def test_torch_reads_a_jpeg_only_as_pil_does(tmp_path):
     """Of whole, damaged and cut files: the same pixels, or None, for PIL to judge. Turned by its tags is none."""
     noise = np.random.default_rng(0).normal(120, 40, (70, 90, 3)).clip(0, 255).astype(np.uint8)

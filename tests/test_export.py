@@ -112,8 +112,11 @@ def test_the_card_prepares_images_as_an_evaluation_does(plain, images, ship, tmp
 
 
 def test_a_card_tells_where_the_weights_are_from(reused, ship, tmp_path):
+    result = json.loads((reused / 'result.json').read_text())
+    ship(reused / 'checkpoint.pth', '--format', 'torch', '-o', tmp_path / 'student.pth')
+    assert result['teacher'] in (tmp_path / 'student.pth.md').read_text()
     made = ship(reused, '--format', 'torch', '-o', tmp_path / 'student.pth')
-    card, result = (tmp_path / 'student.pth.md').read_text(), json.loads((reused / 'result.json').read_text())
+    card = (tmp_path / 'student.pth.md').read_text()
     for word in (result['teacher'], result['command'], 'simkd', 'weight 1.0', 'factor 2', '| seed | 3 |', 'epoch 0',
                  'started from random weights', f'{result["last"]["top1"]:.2f} %', result['versions']['torch'],
                  'licence'):
@@ -181,6 +184,28 @@ def test_eight_bits_have_their_score_beside_the_floats(plain, images, ship, monk
     assert (tmp_path / 'student.int8.pt').stat().st_size < (tmp_path / 'student.pth').stat().st_size
 
 
+FIRST = """
+from torch import nn
+
+class First(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.classifier, self.stem = nn.Linear(8, num_classes), nn.Conv2d(3, 8, 3, 2)
+
+    def forward(self, x):
+        return self.classifier(self.stem(x).relu().mean((2, 3)))
+"""
+
+
+def test_a_network_of_ones_own_may_name_its_classifier_first(base, images, ship, tmp_path, monkeypatch):
+    (tmp_path / 'my_first.py').write_text(FIRST)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = base(images, *FLAGS, '--arch', 'my_first:First', '--output', tmp_path / 'run')
+    assert run.code == 0 and ship(run.folder, '--format', 'torch').code == 0
+    card = (run.folder / 'my_first-First.pth.md').read_text()
+    assert 'torch and torchvision, and the module `my_first`.' in card
+
+
 def test_without_its_data_it_is_checked_on_noise(plain, images, ship, tmp_path):
     away = tmp_path / 'away'
     shutil.copytree(plain, away)
@@ -191,7 +216,7 @@ def test_without_its_data_it_is_checked_on_noise(plain, images, ship, tmp_path):
     made = ship(away, '--format', 'torch')
     assert made.code == 0 and 'noise' in made.out and (away / 'shufflenet_v2_x0_5.pth.md').is_file()
     assert torch.load(away / 'shufflenet_v2_x0_5.pth', weights_only=True)['classes'] == ['ant', 'bee', 'cat']
-    (away / 'checkpoint.pth').unlink()  # which had told the names
+    (away / 'predictions.npz').unlink()  # which had told the names
     assert 'no names' in ship(away, '--format', 'torch').out
     assert torch.load(away / 'shufflenet_v2_x0_5.pth', weights_only=True)['classes'][2] == 'output 2'
     made = ship(away, '--format', 'torch', '--images', images)
@@ -236,14 +261,15 @@ def test_where_weights_started(flags, says):
 
 
 @pytest.mark.parametrize('what, says', [
-    ('missing', 'does not exist'), ('torn', 'damaged'), ('alone', 'no args.json'), ('other', 'holds no state_dict'),
+    ('missing', 'does not exist'), ('torn', 'damaged'), ('peer', 'learned beside the student'),
+    ('alone', 'no args.json'), ('other', 'holds no state_dict'),
     ('scalar', 'no classifier'), ('foreign', 'does not fit'), ('itself', 'it is what is exported'),
     ('log', 'a file of the run has this name'), ('nowhere', 'is no folder'),
     ('classes', 'has 2 classes, the network 3'), ('renamed', 'has a class bee where the run had ant'),
     ('card', 'Is a directory'),
     ('unreadable', 'not one image can be read')])
 def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path):
-    for name in ('args.json', 'best.pth', 'result.json', 'checkpoint.pth'):
+    for name in ('args.json', 'best.pth', 'result.json', 'predictions.npz'):
         shutil.copy(plain / name, tmp_path)
     best, args = tmp_path / 'best.pth', ['--format', 'torch']
     if what == 'missing':
@@ -253,6 +279,8 @@ def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path)
     elif what == 'alone':
         (tmp_path / 'args.json').unlink()
         (tmp_path / 'result.json').unlink()
+    elif what == 'peer':
+        args = [best.replace(tmp_path / 'teacher.pth'), *args]
     elif what == 'nowhere':
         args += ['-o', tmp_path / 'no' / 'student.pth']
     elif what == 'itself':
@@ -278,8 +306,9 @@ def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path)
             image.write_bytes(b'')
         args += ['--images', tmp_path / 'data']
     else:
+        (tmp_path / 'predictions.npz').unlink()  # which tells the classes
         torch.save({'other': [1, 2], 'scalar': {'model': {'x': torch.zeros(())}},
                     'foreign': create_model('resnet8', 3).state_dict()}[what], best)
-    made = ship(tmp_path, *args)
+    made = ship(*([] if what == 'peer' else [tmp_path]), *args)
     assert made.code == 1 and says in made.err and made.err.count('\n') == 1, made.err
     assert not [path for path in tmp_path.glob('*.md') if path.is_file()] and not list(tmp_path.glob('unchecked*'))

@@ -22,7 +22,7 @@ import report
 from guesses import calibration, confusions, ece, per_class
 from report_page import Page, likely
 from svg import powers
-from ways import collect
+from ways import SEED_OR_TIME, collect
 
 from utils import closely
 from utils.closely import Closely
@@ -90,6 +90,14 @@ def made_run(folder, arch, seed, *correct, classes=4, epochs=None, guesses=True,
 def tell(monkeypatch, capfd):
     run = in_process(report, monkeypatch, capfd)
     return lambda *args: run(*args, quick=False)
+
+
+@pytest.mark.parametrize('name, way', [
+    ('kd-0', 'kd'), ('mgd+kd-12', 'mgd+kd'), ('wrn_40_2', 'wrn_40_2'), ('base-resnet8-3', 'base-resnet8'),
+    ('distill-cub-resnet8-kd-20261128-101010', 'distill-cub-resnet8-kd'),
+    ('distill-cub-resnet8-kd-20261128-101010-2', 'distill-cub-resnet8-kd')])
+def test_names_of_one_way_differ_in_seed_or_time(name, way):
+    assert re.sub(SEED_OR_TIME, '', name) == way
 
 
 def test_the_table_is_of_last_epochs_over_seeds(tell, tmp_path):

@@ -1,9 +1,11 @@
 """main_base.py from beginning to end, in this process."""
+import argparse
 import copy
 import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,15 +94,16 @@ def test_best_is_kept_on_strict_improvement_only(base, images, tmp_path):
 
 
 def test_the_best_weights_are_those_of_the_best_epoch_that_is_known(tmp_path, capsys):
-    """A later one had left its own, but no checkpoint, or not even a result."""
-    weights, result = tmp_path / 'best.pth', tmp_path / 'result.json'
-    for found, older, kept in (({'epoch': 1}, weights, {'epoch': 1}), ({'epoch': 2}, weights, None),
-                               ({'epoch': 1}, result, None)):
-        weights.touch()
-        result.write_text(json.dumps({'best': found}))
-        os.utime(older, (1, 1))
-        assert folder.bring_best(tmp_path, tmp_path, {'epoch': 1}) == kept
+    """A later one had left its own, but no checkpoint; or a copy of the folder is not whole. Times tell nothing."""
+    weights, target = {'w': torch.arange(4.0)}, tmp_path / 'target'
+    best, file = {'epoch': 1, 'weights': checkpoint.fingerprint(weights)}, tmp_path / 'best.pth'
+    target.mkdir()
+    for content, kept in ((weights, best), ({'w': torch.ones(4)}, None), ([1], None), (None, None)):
+        torch.save(content, file) if content else file.unlink()
+        assert folder.bring_best(tmp_path, target, best) == kept
         assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
+        assert (target / 'best.pth').exists()  # once brought, it stays
+    assert_close(torch.load(target / 'best.pth'), weights)
 
 
 def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):
@@ -291,8 +294,11 @@ def test_two_runs_do_not_share_a_folder(images, base, tmp_path):
 def test_default_output_tells_script_data_network_and_time(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert base('--dummy', '--dummy-images', 4, '--num-classes', 1000, '--epochs', 1, '-b', 4).code == 0
-    (folder,) = (tmp_path / 'runs').iterdir()
-    assert folder.name.startswith('base-dummy-resnet8-20')
+    made, = (tmp_path / 'runs').iterdir()
+    assert re.fullmatch(r'base-dummy-resnet8-\d{8}-\d{6}', made.name)
+    monkeypatch.setattr(sys, 'argv', ['main_distill.py'])
+    args = argparse.Namespace(**vars(arguments('--dummy', '--arch', 'resnet8')), distiller=['mgd', 'kd'])
+    assert folder.default_output(args).name.startswith('distill-dummy-resnet8-mgd-kd-20')
 
 
 @pytest.mark.parametrize('flags', [
@@ -459,12 +465,13 @@ def test_what_a_killed_compilation_has_left_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize('caught, code', [([], None), ([(15, 0.0)], 75)])
-def test_a_signal_that_reaches_compilers_too_is_a_signal(monkeypatch, caught, code, capsys):
+def test_a_signal_that_reaches_compilers_too_is_a_signal(monkeypatch, caught, code, capsys, tmp_path):
     def worker(args, device):
         raise InductorError('CppCompileError: C++ compile error')
     monkeypatch.setattr(distributed.signals, '_caught', caught)
     with pytest.raises(SystemExit if caught else InductorError) as ended:
-        distributed._run(worker, arguments('--dummy', '--no-accel', '--compile'))
+        distributed._run(worker, arguments('--dummy', '--no-accel', '--compile', '--output', tmp_path))
+    assert (tmp_path / 'interrupted').exists() == bool(caught)  # so that a scheduler starts it again
     assert not caught or (ended.value.code == code and 'the same command goes on' in capsys.readouterr().err)
 
 

@@ -125,7 +125,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--teacher-resume', metavar='PATH',
                    help='weights of the teacher; main_base.py scores it in the same pass as the network')
     g.add_argument('--teacher-mean', type=fraction, nargs=3, metavar=('R', 'G', 'B'),
-                   help='of the images that the teacher was trained with, from 0 to 1 (default: of the data; with '
+                   help="of the images that the teacher was trained with, from 0 to 1 (default: the student's; with "
                         'published weights, theirs)')
     g.add_argument('--teacher-std', type=number(float, 0, 1, above=True), nargs=3, metavar=('R', 'G', 'B'),
                    help='likewise')

@@ -19,16 +19,19 @@ import pickle
 import shutil
 import sys
 import zipfile
+import zlib
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from .errors import line
 
 FORMAT = 1
+LAYOUTS = ('model', 'student', 'state_dict', 'model_state', 'model_state_dict', 'net')  # where files keep the weights
 
 
 def write(path: Path, content):
@@ -140,19 +143,21 @@ def weights_of(content, path) -> dict:
     """The student's or network's weights in any usual layout, without the prefixes that wrappers leave."""
     if is_checkpoint(content) and content.get('ema'):  # AveragedModel: its module, and a counter
         content = {k: v for k, v in content['ema'].items() if k.startswith('module.')}
-    for key in ('model', 'student', 'state_dict', 'model_state'):
+    for key in LAYOUTS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ValueError(f'{path} holds no state_dict')
+        raise ValueError(f'{path} holds no state_dict, neither bare nor as one of {", ".join(LAYOUTS)}')
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(key.startswith(prefix) for key in content):
             content = {key[len(prefix):]: value for key, value in content.items()}
     return content
 
 
-def outputs_of(content, path) -> int:
-    """How many outputs a network with these weights has: the classifier comes last in every state dict."""
+def outputs_of(content, path: Path) -> int:
+    """How many outputs a network with these weights has; where nothing tells, its classifier is what comes last."""
+    if known := classes_of(content, path):
+        return len(known)
     last = [*weights_of(content, path).values()][-1]
     if not last.ndim:
         raise ValueError(f'{path} ends in no classifier that would tell the number of classes')
@@ -206,23 +211,38 @@ def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
 
 
 def load_weights(network: nn.Module, path, named: str = 'the network', classes: list[str] | None = None):
-    """classes: of the data, in the order of the outputs; a file that names others is refused."""
+    """classes: of the data, in the order of the outputs; weights that are known to be of others are refused."""
     try:
         content = read(Path(path))
     except ValueError as error:
         sys.exit(f'error: {error}')
-    theirs = content.get('classes') if isinstance(content, dict) else None
-    if classes and isinstance(theirs, list) and theirs != list(classes):
-        number, pair = next((i, pair) for i, pair in enumerate(zip_longest(theirs, classes)) if pair[0] != pair[1])
-        sys.exit(f'error: the classes of {path} are not those of the data: output {number} is {pair[0]} there and '
-                 f'{pair[1]} here')
+    refuse_other_classes(content, Path(path), classes)
     fill(network, content, path, named)
 
 
-def fingerprint(network: nn.Module) -> str:
-    """A hash of a network's weights and statistics."""
+def refuse_other_classes(content, path: Path, classes: list[str] | None):
+    theirs = classes_of(content, path)
+    if classes and theirs and theirs != list(classes):
+        number, pair = next((i, pair) for i, pair in enumerate(zip_longest(theirs, classes)) if pair[0] != pair[1])
+        sys.exit(f'error: the classes of {path} are not those of the data: output {number} is {pair[0]} there and '
+                 f'{pair[1]} here. If they have only been renamed, name a copy of best.pth or last.pth elsewhere')
+
+
+def classes_of(content, path: Path) -> list[str] | None:
+    """Of the data that the weights were trained on; those of a run's bare weights lie beside them."""
+    if isinstance(content, dict) and isinstance(content.get('classes'), list):
+        return content['classes']
+    try:
+        with np.load(path.with_name('predictions.npz')) as arrays:
+            return arrays['classes'].tolist() if path.name in ('best.pth', 'last.pth', 'teacher.pth') else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # not there, or damaged
+        return None
+
+
+def fingerprint(network: nn.Module | dict) -> str:
+    """A hash of a network's, or a state_dict's, weights and statistics."""
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    for name, value in (network if isinstance(network, dict) else network.state_dict()).items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

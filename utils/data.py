@@ -291,6 +291,9 @@ def load_data(args, seed: int, device: torch.device):
         sys.exit(f'error: the classes of train and valid differ: {", ".join(only[:4])}')
     if len(valid.classes) == 1:
         distributed.say(f'note: {valid.classes[0]} is the only class: its label teaches nothing')
+    if not args.dummy and all(map(str.isdecimal, valid.classes)) and valid.classes != sorted(valid.classes, key=int):
+        distributed.say(f'note: the classes are numbers, and outputs stand for them in the order of texts: '
+                        f'{", ".join(valid.classes[:4])}, ...; weights from elsewhere may have been trained otherwise')
     if args.num_classes and args.num_classes < len(valid.classes):
         sys.exit(f'error: --num-classes {args.num_classes}, but the data has {len(valid.classes)} classes')
     rank, world, batch = distributed.rank(), distributed.world(), global_batch(args)

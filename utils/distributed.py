@@ -15,9 +15,10 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -142,6 +143,9 @@ def in_lines(rank: int, args):
     except (RuntimeError, ValueError) as error:
         if args.compile and signals.caught() and of_compiler(error):  # it was sent to the compilers, too
             write_line('stopped by a signal while it compiled; the same command goes on', sys.stderr)
+            if args.output:
+                with suppress(OSError):  # the marker that tells a scheduler to start it again
+                    Path(args.output, 'interrupted').write_text(f'{{"signal": {signals.caught()}}}\n')
             sys.exit(signals.EXIT_INTERRUPTED)
         if not (said := remove_torn(error) or in_words(error, rank, args)):
             raise

@@ -4,6 +4,7 @@ import fcntl
 import json
 import sys
 import time
+from contextlib import suppress
 from io import TextIOBase
 from pathlib import Path
 
@@ -16,9 +17,10 @@ TORN = [f'{name}.tmp' for name in FILES]  # of a process that was killed while i
 
 
 def default_output(args) -> Path:
-    """runs/SCRIPT-DATA-NETWORK-TIME; a run that torchrun restarts finds the one it had, by what its lock says."""
+    """runs/SCRIPT-DATA-NETWORK-METHODS-TIME; one that torchrun restarts finds what it had, by the word of its lock."""
     data = 'dummy' if args.dummy else args.dataset if args.dataset != 'imagefolder' else Path(args.data).resolve().name
-    stem = f'{Path(sys.argv[0]).stem.removeprefix("main_")}-{data}-{args.arch}-'
+    what = [Path(sys.argv[0]).stem.removeprefix('main_'), data, args.arch, *getattr(args, 'distiller', [])]
+    stem = '-'.join(what) + '-'
     if distributed.restarts():
         for lock in sorted(Path('runs').glob(f'{stem}[0-9]*/.lock'), reverse=True):
             if lock.read_text() == distributed.launched_by():
@@ -102,17 +104,14 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:
     """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone.
 
-    They are gone where a later epoch has left better ones, but was killed before its checkpoint: then result.json,
-    which is written behind them, tells of others or is older.
+    They are gone where a later epoch has left better ones, but was killed before its checkpoint.
     """
-    try:
-        known, weights = source / 'result.json', source / 'best.pth'
-        if json.loads(known.read_text())['best'] == best and weights.stat().st_mtime <= known.stat().st_mtime:
+    weights = source / 'best.pth'
+    with suppress(ValueError, KeyError, AttributeError):
+        if checkpoint.fingerprint(checkpoint.read(weights)) == best['weights']:
             if source.resolve() != target.resolve():
                 checkpoint.write(target / 'best.pth', weights.read_bytes())
             return best
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     print(f'note: {source} does not hold the weights of epoch {best["epoch"]}, the best so far: best.pth will be that '
           'of a later one', file=sys.stderr)
     return None

@@ -74,8 +74,8 @@ class Run:
                     script = Path(sys.argv[0]).name
                     other = f'of another script than {script}' if ('distiller' in saved['arguments']) != hasattr(
                         args, 'distiller') else f'with other arguments: {differences}'
-                    sys.exit(f'error: {path} holds a run {other}; choose another --output, or --overwrite to start '
-                             'anew')
+                    sys.exit(f'error: {path} holds a run {other}; choose another --output (with --resume '
+                             f'{origin}, to go on from there), or --overwrite to start anew')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
             if saved['arguments']['arch'] != args.arch:
                 sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
@@ -141,11 +141,12 @@ class Run:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(told)}')
         self.facts |= facts
 
-    def load_evaluated(self, network):
+    def load_evaluated(self, network, classes: list[str]):
         """What --evaluate scores: the weights named by --student-resume, else those of the run."""
         if self.args.student_resume:
-            checkpoint.load_weights(network, self.args.student_resume, f'--arch {self.args.arch}')
+            checkpoint.load_weights(network, self.args.student_resume, f'--arch {self.args.arch}', classes)
         elif self.saved:
+            checkpoint.refuse_other_classes(self.saved, self.origin, classes)
             checkpoint.fill(network, self.saved, self.origin)
         elif not self.args.pretrained:
             distributed.say('note: random weights are scored (--student-resume, --resume or --output name others)')
@@ -222,6 +223,8 @@ class Run:
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
         weights = on_host(self.shipped())
+        if best:
+            self.progress['best'] = self.progress['last'] | {'weights': checkpoint.fingerprint(weights)}
         self.unwritten |= dict.fromkeys(['last.pth'] + ['best.pth'] * best, weights)
         self.unwritten['predictions.npz'] = predictions
         if 'teacher' in self.parts:  # it learns, too
@@ -256,7 +259,8 @@ class Run:
     def refuse(self, scores: dict | None):
         """End for want of scores: a signal came, or an image cannot be read."""
         if scores:
-            distributed.stop(f'cannot evaluate: {scores["unreadable"]}. Mend it, and the same command goes on')
+            distributed.stop(f'cannot evaluate: {scores["unreadable"]}. Put a readable image in its place, and '
+                             'the same command goes on; without it these are other data')
         sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
 
     def report(self, scores: dict | None, file: str = 'evaluate.json'):

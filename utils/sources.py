@@ -77,8 +77,10 @@ def images_in(root: Path):
 
 def read(path) -> Image.Image:
     with Image.open(path) as image:
+        if image.mode == 'F':  # which PIL would clip
+            raise ValueError('its pixels are floats of an unknown range: store them in 8 or 16 bits')
         if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip instead of scale
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         return image.convert('RGB')
 
 
