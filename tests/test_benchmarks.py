@@ -207,7 +207,8 @@ class Reader(Distiller):
     def forward(self, s, t, batch):
         with torch.no_grad():
             taught = sum(f.mean() for f in t.maps) * self.scale.sum()
-        return {'a': s.maps[0].mean() * len(t.logits), 'b': (s.maps[-1].mean() + s.pooled.mean() - taught).square()}
+        return {'reader_first': s.maps[0].mean() * len(t.logits),
+                'reader_last': (s.maps[-1].mean() + s.pooled.mean() - taught).square()}
 
 
 def test_methods_are_measured_and_described(tmp_path, capsys, monkeypatch):

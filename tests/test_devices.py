@@ -52,10 +52,10 @@ def on_gpu(mode: FakeTensorMode, network: torch.nn.Module):
                 module._buffers[name] = there(mode, buffer)
 
 
-def step(mode, method, **how):
+def step(mode, name, method, **how):
     """Forward, and what the loop does with the results before it goes back; the losses."""
     student, teacher = zoo.make('same')
-    task = Distillation(student, teacher, {'method': method(student, teacher)}, **how)
+    task = Distillation(student, teacher, {name: method(student, teacher)}, **how)
     task.know(torch.arange(20) % zoo.CLASSES)
     task.start_epoch(1, lambda: [zoo.make_batch()] * 2)
     for network in (task, teacher):
@@ -69,11 +69,11 @@ def step(mode, method, **how):
 
 @pytest.mark.parametrize('name', DISTILLERS)
 def test_a_method_stays_on_the_device_and_waits_for_nothing(valueless, name):
-    assert {x.device for x in step(valueless, DISTILLERS[name])} == {GPU}
+    assert {x.device for x in step(valueless, name, DISTILLERS[name])} == {GPU}
 
 
 def test_standardized_logits(valueless):
-    assert {x.device for x in step(valueless, DISTILLERS['dkd'], standardize=True)} == {GPU}
+    assert {x.device for x in step(valueless, 'dkd', DISTILLERS['dkd'], standardize=True)} == {GPU}
 
 
 class Operations(TorchDispatchMode):
@@ -143,7 +143,7 @@ class Waits(Mixes):
 @pytest.mark.parametrize('method, error', [(Mixes, RuntimeError), (Waits, DataDependentOutputException)])
 def test_these_tests_can_fail(valueless, method, error):
     with pytest.raises(error, match=r'two .*devices|_local_scalar_dense'):
-        step(valueless, method)
+        step(valueless, method.__name__.lower(), method)
 
 
 def test_views_and_cached_logits(valueless):
