@@ -186,7 +186,7 @@ def worker(args, device):
         doubt_teacher(scores['teacher'], args)
         run.progress['teacher'] = scores['teacher']
 
-    if args.cache_teacher == 'full' and not cache.fill():
+    if args.cache_teacher == 'full' and run.progress['epoch'] < total_epochs(args) and not cache.fill():
         run.interrupt()
 
     # epochs

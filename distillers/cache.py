@@ -8,13 +8,15 @@ With a folder, a table is also a file, named by a hash of what it follows from:
     marks    int32 [N * 162], 0 where the view is not known, else a checksum of its values
     values   float16 [N * 162, C]
 Values reach the disk before their marks do, and a process that reads or writes holds a lock. So several processes may
-use and fill one file, each bringing in what others have not, a crash costs what was not written yet, and values that
-do not match their marks are refused.
+use and fill one file, each bringing in what others have not (it reads what they have when it begins), a crash costs
+what was not written yet, and values that do not match their marks are refused.
 """
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ import torch
 
 from models import Features
 from utils import distributed, signals
+from utils.cost import memory
 from utils.data import Batch
 from utils.resident import VIEWS
 from utils.views import STATISTICS
@@ -91,6 +94,9 @@ class Table:
                 fcntl.lockf(file, fcntl.LOCK_EX)
                 found = file.read(HEADER)
                 if not found.strip(b'\0'):  # new, or its maker got no further
+                    free = shutil.disk_usage(self.path.parent).free
+                    if free < size:  # an attempt would take all that is left
+                        raise OSError(errno.ENOSPC, f'it needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free')
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash in a mapping
                     file.seek(0)
                     file.write(header)
@@ -128,6 +134,9 @@ class TeacherCache:
             if args.cache_dir:
                 key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
                 path = Path(args.cache_dir) / f'{identity.split()[0]}-{field}-{key}.table'
+            if 2 * rows * width > memory(device):
+                sys.exit(f'error: --cache-teacher: {field}, {width} numbers of each of {rows:,} views, take '
+                         f'{2 * rows * width / 1e9:.1f} GB, and there are {memory(device) / 1e9:.1f} GB')
             self.tables[field] = Table(rows, width, device, path, about)
         self.filled = torch.cuda.Event() if device.type == 'cuda' else None
         distributed.at_end.callback(self.save)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models import Foreign, Renormalised, blame, create_model, refuse_other_outputs
+from models import NETWORKS, Foreign, Renormalised, blame, create_model, refuse_other_outputs
 from utils import checkpoint, distributed
 from utils.views import STATISTICS
 
@@ -44,9 +44,16 @@ def build(arch, classes, pretrained=False):
                  '--student-resume, --teacher-resume')
 
 
+def tell_namesake(arch, args):
+    """Of ImageNet's network where CIFAR's of that name is likely to be meant."""
+    if args.dataset != 'imagefolder' and f'cifar_{arch}' in NETWORKS:
+        distributed.say(f"note: {arch} is ImageNet's, whose stem leaves a quarter of the side; CIFAR's is cifar_{arch}")
+
+
 def build_student(args, classes, pretrained=False, shows=False):
     """shows: whether it has to show its features; so with the teacher."""
     network = build(args.arch, classes, pretrained)
+    tell_namesake(args.arch, args)
     try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 
@@ -63,6 +70,7 @@ def build_teacher(args, classes, pretrained=False, shows=False):
                  f'{" ".join(needy)} goes by its classifier: train it on them (main_base.py --arch {args.teacher_arch} '
                  '--pretrained), and name its weights with --teacher-resume')
     network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
+    tell_namesake(args.teacher_arch, args)
     mean, std, size = published = images_of(network, args.image_size) or (*given, args.image_size)
     if not pretrained:  # weights from a file need not be from where the network is
         mean, std, size = *given, args.image_size

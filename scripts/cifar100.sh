@@ -201,8 +201,11 @@ for pair in $pairs; do
                         [[ $seed != *,* ]] || { echo "$method: one seed at a time, as it trains twice" >&2; exit 2; }
                         [[ " $*" != *" --$method-"* ]] ||
                             { echo "$method: FLAGS go to main_base.py, too, which has no --$method-..." >&2; exit 2; }
-                        recipe+=(--ce-weight 0 --epochs 30)
-                        run main_distill.py "$name/first" "$@" || continue
+                        [[ " $*" != *" --student-resume"* ]] ||
+                            { echo "$method: --student-resume would pass over its first stage" >&2; exit 2; }
+                        first=(--ce-weight 0 --epochs 30)  # of whatever schedule FLAGS make the second stage's
+                        [[ $DATA != --dummy ]] || first=(--ce-weight 0)
+                        run main_distill.py "$name/first" "$@" "${first[@]}" || continue
                         recipe=("${plain[@]}" --student-resume "$folder/$name/first/last.pth")
                         run main_base.py "$name" "$@" || true ;;
                     *) run main_distill.py "$name" "$@" || true ;;

@@ -30,10 +30,13 @@ COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_d
           'sync_bn')
 # those of them that methods of a table with own_recipes set for themselves
 OWN = ('epochs', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'nesterov', 'no_bias_decay')
+# what the recipes of CIFAR's tables have in common
+RECIPE = {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup': 0, 'cutmix': 0,
+          'auto_augment': 'off', 'random_erasing': 0, 'ema': 0}
 APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
-Runs of another length than the paper's tell it instead. A dash was not run, or not published.
+Runs of another length or recipe than the paper's tell it instead. A dash was not run, or not published.
 """
 
 
@@ -56,7 +59,9 @@ def read(path):
     except (ValueError, KeyError, TypeError):
         refuse(f'{file} is not the result of a run that cifar100.sh or imagenet.sh has named')
     if len(networks) != (1 if method == 'base' else 2) or (networks[-1], seed) != (run['arch'], str(run['seed'])):
-        refuse(f'{path} trained {run["arch"]} with seed {run["seed"]}, but was called {output.name}')
+        pair = [run['teacher_arch']] * ('distiller' in arguments) + [run['arch']]
+        refuse(f'{path} trained {run["arch"]} with seed {run["seed"]}, but was called {output.name}: its name is '
+               f'METHOD-{"-".join(pair)}-{run["seed"]}, of a METHOD without a dash')
     if arguments['dummy']:
         refuse(f'{path} was trained on made-up images')
     return run
@@ -80,6 +85,10 @@ def check(runs, tables):
             if len(same) > 1:
                 refuse(f'{same[0]["path"]} and {same[1]["path"]} have the same seed: {APART}')
     own = {table['runs'] for table in tables if table.get('own_recipes')}
+    for run in runs:
+        dataset = 'imagefolder' if run['table'] in own else 'cifar100'
+        if run['table'] in {table['runs'] for table in tables} and run['arguments']['dataset'] != dataset:
+            refuse(f'{run["path"]} is a run on {run["arguments"]["dataset"]}, and {run["table"]} a table of {dataset}')
     for (name, _), (first, *others) in groups(runs, 'table', 'arch').items():
         common = [key for key in COMMON if name not in own or key not in OWN]
         for run in others:
@@ -96,7 +105,8 @@ def check(runs, tables):
 def protocol(run):
     """What runs of one cell have in common. Paths inside the run's own folder differ by the seed only."""
     arguments = {k: str(v).replace(run['arguments']['output'], '') for k, v in run['arguments'].items()}
-    began = {'start_epoch': arguments.get('start_epoch'), 'student_resume': 'start' in run}
+    began = {'start_epoch': arguments.get('start_epoch'), 'student_resume': 'start' in run,
+             'changed': run.get('changed', [])}
     return {k: v for k, v in arguments.items() if k not in FREE} | {'world_size': run['world_size']} | began
 
 
@@ -112,9 +122,12 @@ def cell(paper, epoch, epochs, runs):
         return copied if paper is None else f'{copied} / -'
     ours = {which: [run['top1'][which] for run in runs] for which in ('last', 'best')}
     text = f'{copied} / **{over_seeds(ours["last"])}** ({len(runs)}), best {over_seeds(ours["best"])}'
-    trained = runs[0]['arguments']['epochs']
-    if trained not in epochs:
-        return f'{text}, epochs: {trained}'
+    arguments = runs[0]['arguments']
+    if arguments['epochs'] not in epochs:
+        return f'{text}, epochs: {arguments["epochs"]}'
+    recipe = {} if arguments['dataset'] == 'imagefolder' else RECIPE
+    if other := [f'{key}: {arguments[key]}' for key, value in recipe.items() if arguments.get(key, value) != value]:
+        return f'{text}, {", ".join(other)}'
     comparable = paper is not None and epoch  # else it is not known which of ours it would be compared with
     return f'{text}, {mean(ours[epoch]) - paper:+.2f}' if comparable else text
 

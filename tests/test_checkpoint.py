@@ -101,6 +101,8 @@ def layouts(weights):
     yield {'model_state': weights, 'epoch': 3}
     yield {'model_state_dict': weights, 'optimizer_state_dict': {}, 'epoch': 3}
     yield {'net': weights, 'acc': 71.2}
+    yield {'model': {f'module.{who}.{k}': v + (who == 'teacher') for who in ('student', 'teacher')
+                     for k, v in weights.items()}, 'best_acc': 71.2}
     average = {'n_averaged': torch.tensor(1), **{f'module.{k}': v for k, v in weights.items()}}
     yield {'format': 1, 'model': {k: v + 1 for k, v in weights.items()}, 'ema': average}
 

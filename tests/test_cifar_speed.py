@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -315,6 +316,30 @@ def test_values_without_a_mark_do_not_count(tmp_path):
     assert again.known.nonzero()[:, 0].tolist() == [3]
     put(again, [4], 0.5).save()
     assert table(path).values[4].tolist() == [0.5] * 5
+
+
+def test_a_file_that_does_not_fit_takes_nothing(tmp_path, monkeypatch):
+    """Others are writing to the disk, too."""
+    monkeypatch.setattr(cache.shutil, 'disk_usage', lambda path: SimpleNamespace(free=HEADER))
+    with pytest.raises(SystemExit, match=r'--cache-dir: .*t: it needs 0\.00 GB, and 0\.00 GB are free'):
+        table(tmp_path / 't')
+    assert (tmp_path / 't').stat().st_size == 0
+    monkeypatch.undo()
+    assert put(table(tmp_path / 't'), [3], 0.5).save() is None and table(tmp_path / 't').known.sum() == 1
+
+
+def test_a_table_that_does_not_fit_into_memory_says_what_it_takes(distill, monkeypatch):
+    monkeypatch.setattr(cache, 'memory', lambda device: 10**5)
+    run = distill(*KD, '--cache-teacher', 'lazy')
+    assert run.code == 1 and '--cache-teacher: logits, 100 numbers of each of' in run.err and run.err.count('\n') == 1
+
+
+def test_a_finished_run_asks_the_teacher_for_nothing(distill, tmp_path, monkeypatch):
+    flags = [*KD, '--cache-teacher', 'full', '--output', tmp_path]
+    assert distill(*flags).code == 0
+    monkeypatch.setattr(TeacherCache, 'fill', None)
+    again = distill(*flags)
+    assert again.code == 0 and 'done: last top1' in again.out
 
 
 def test_a_file_whose_maker_got_no_further_is_made(tmp_path):

@@ -166,6 +166,8 @@ def test_all_pairs_and_five_seeds_where_none_are_named(asked, script, pairs):
 @pytest.mark.parametrize('method', ['ab', 'fsp'])
 def test_methods_of_two_stages(asked, method):
     calls, _ = asked('cifar100_same.sh', method, 'resnet56-resnet20', '0 3')
+    shorter, _ = asked('cifar100_same.sh', method, 'resnet56-resnet20', '0', '--epochs', 120)
+    assert [args.epochs for _, args in shorter] == [30, 120]
     (one, first), (two, second) = calls[2:]
     folder = f'/runs/cifar100/{method}-resnet56-resnet20-3'
     assert (one, first.output, first.epochs, first.lr) == ('main_distill', f'{folder}/first', 30, 0.05)
@@ -249,6 +251,8 @@ def test_seeds_with_a_comma_are_trained_side_by_side(asked):
     (['cifar100_same.sh', 'ab', 'resnet56-resnet20', '0,1'], {}, 'ab: one seed at a time'),
     (['cifar100_same.sh', 'fsp', 'resnet56-resnet20', '0', '--lr', '1', '--fsp-weight', '2'], {},
      'fsp: FLAGS go to main_base.py, too, which has no --fsp-'),
+    (['cifar100_same.sh', 'ab', 'resnet56-resnet20', '0', '--student-resume', 's.pth'], {},
+     'ab: --student-resume would pass over its first stage'),
     (['cifar100_same.sh'], {}, 'usage: DATA'), (['srd_dist.sh', '--lr', '1'], {}, 'usage: DATA'),
     (['cifar100_same.sh', 'kd', 'resnet56'], {}, 'usage: DATA'),
     (['cifar100_teachers.sh'], {'DATA': ''}, 'cifar100_teachers.sh: DATA is not set')], ids=str)
@@ -304,9 +308,11 @@ def ran(tmp_path):
             'arch': networks[-1] if networks else None, 'teacher_arch': networks[0] if networks else None,
             'teacher_resume': None if method in ('base', 'dml') else 'teacher.pth', 'output': f'runs/{table}/{name}',
             'seed': int(seed), 'workers': int(seed), 'dummy': False, 'lr': 0.05, 'epochs': 240, 'nesterov': False,
-            **dict.fromkeys(['dataset', 'image_size', 'schedule', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup',
-                             'momentum', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix',
-                             'auto_augment', 'random_erasing', 'ema'])} | arguments
+            'dataset': 'imagefolder' if table == 'imagenet' else 'cifar100', 'schedule': 'step', 'weight_decay': 5e-4,
+            'auto_augment': 'off',
+            **dict.fromkeys(['label_smoothing', 'mixup', 'cutmix', 'random_erasing', 'ema'], 0.0),
+            **dict.fromkeys(['image_size', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'momentum',
+                             'no_bias_decay'])} | arguments
         (folder / 'result.json').write_text(json.dumps({
             'finished': finished, 'seed': int(seed), 'world_size': rank, 'arguments': arguments,
             'teacher': None if method == 'base' else teacher,
@@ -359,6 +365,14 @@ def test_a_short_run_is_no_reproduction(ran):
     assert told == '*70.66* / **70.10** (1), best 70.30, epochs: 60'
 
 
+def test_another_recipe_is_no_reproduction(ran):
+    run = summarize(ran('kd-resnet56-resnet20-0', 701, 703, weight_decay=1e-4, mixup=0.2))
+    told = row(run.stdout, 'CIFAR-100, one family', 'KD')['resnet56 → resnet20']
+    assert told == '*70.66* / **70.10** (1), best 70.30, weight_decay: 0.0001, mixup: 0.2'
+    other = ran('kd-resnet56-resnet20-1', 901, 903, dataset='cifar10')
+    assert 'is a run on cifar10, and cifar100 a table of cifar100' in refused(other)
+
+
 def test_what_differs_by_the_seed_only_is_one_cell(ran):
     runs = [ran(f'dml-resnet56-resnet20-{seed}', 700, 700, teacher=f'random {seed}') for seed in range(2)]
     runs += [ran(f'ab-resnet56-resnet20-{seed}', 700, 700, teacher_resume=None,
@@ -381,6 +395,7 @@ def test_protocols_are_not_mixed(ran):
             (ran('kd-resnet56-resnet20-3', 700, 700, global_batch=128), 'global_batch'),
             (ran('kd-resnet56-resnet20-4', 700, 700, global_batch=64, start_epoch=239), 'start_epoch'),
             (ran('kd-resnet56-resnet20-5', 700, 700, global_batch=64, facts={'start': 'abc'}), 'student_resume'),
+            (ran('kd-resnet56-resnet20-6', 700, 700, global_batch=64, facts={'changed': ['epoch 9: ...']}), 'changed'),
             (ran('dkd-resnet110-resnet20-0', 700, 700, teacher='def', facts={'images': '500 + 100'}), 'images'),
             (ran('dkd-resnet56-resnet20-1', 700, 700, teacher='def'), 'teacher'),
             (ran('dkd-resnet56-resnet32-1', 700, 700, teacher='def'), 'teacher')]:

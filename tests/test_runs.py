@@ -130,6 +130,19 @@ def test_a_run_that_goes_on_in_a_new_folder_has_the_best_weights_there(base, ima
     assert (tmp_path / 'd' / 'best.pth').exists()
 
 
+def test_what_was_changed_on_the_way_is_told_by_the_result(base, images, tmp_path):
+    resume = ['--epochs', 2, '--resume', tmp_path / 'a' / 'checkpoint.pth', '--output']
+    assert base(images, '--epochs', 1, '--output', tmp_path / 'a').json()['changed'] == []
+    changed = base(images, *resume, tmp_path / 'b', '--lr', 0.01, '--seed', 4)
+    assert changed.code == 0 and changed.json()['changed'] == [
+        'epoch 1: --epochs is 2 here, 1 there, --lr is 0.01 here, 0.02 there, --seed is 4 here, 3 there']
+    for flags, name in ((['--optimizer', 'adamw'], 'optimizer'), (['--ema', 0.9], 'ema'),
+                        (['--no-bias-decay'], 'no-bias-decay')):
+        refused = base(images, *resume, tmp_path / 'c', *flags)
+        assert refused.code == 1 and f'goes on with the --{name} that it has' in refused.err, refused.err
+        assert refused.err.count('\n') == 1 and not (tmp_path / 'c').exists()
+
+
 def test_evaluation_counts_are_exact(base, images, monkeypatch, tmp_path):
     """Against a slow loop, for batch sizes that divide and that do not, at once and in parts."""
     torch.manual_seed(1)

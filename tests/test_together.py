@@ -218,6 +218,7 @@ def test_each_looks_after_its_own_folder(base, tmp_path):
 @pytest.mark.parametrize('flags, says', [
     (['--seed', 3], '--seed'), (['--evaluate'], '--evaluate'), (['--world-size', 2], '--world-size'),
     (['--multiprocessing-distributed'], '--multiprocessing-distributed'), (['--seeds', 1, 1], 'a seed twice'),
+    (['--resume', 'checkpoint.pth'], '--resume checkpoint.pth'),
     (['--output', ''], '--output'), (['--compile', 'reduce-overhead'], '--compile reduce-overhead')])
 def test_what_has_no_room_beside_it(base, tmp_path, flags, says):
     run = base(*CIFAR, '--seeds', 0, 1, '--output', tmp_path / 'run', *flags)

@@ -301,6 +301,7 @@ def check_seeds(parser, args):
     if len(set(args.seeds)) < len(args.seeds):
         parser.error('--seeds names a seed twice')
     others = {'--seed': args.seed is not None, '--evaluate': args.evaluate, **several_processes(args),
+              f'--resume {args.resume}': args.resume != 'auto',  # of one seed, by which they would not differ
               f'--compile {args.compile}': args.compile not in (False, 'default')}  # graphs that belong to one thread
     if other := first(others):
         parser.error(f'--seeds trains several runs in one process, not together with {other}')

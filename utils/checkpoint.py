@@ -4,7 +4,7 @@ checkpoint.pth is a plain dict:
     format     1
     model, optimizer, scaler, ema, ...    state dicts of what the run tracks (a frozen teacher is never among them)
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, its unreadable images and
-               broken updates, best, last, the teacher's score, seconds
+               broken updates, best, last, the teacher's score, seconds, arguments that --resume has changed on the way
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
     facts      what else the run is tied to: hashes of its images' names, of the weights it starts from,
@@ -151,6 +151,8 @@ def weights_of(content, path) -> dict:
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(key.startswith(prefix) for key in content):
             content = {key[len(prefix):]: value for key, value in content.items()}
+    if any(key.startswith('teacher.') for key in content):  # mdistiller's distillers hold both
+        content = {key.removeprefix('student.'): value for key, value in content.items() if key.startswith('student.')}
     return content
 
 

@@ -76,6 +76,11 @@ class Run:
                         args, 'distiller') else f'with other arguments: {differences}'
                     sys.exit(f'error: {path} holds a run {other}; choose another --output (with --resume '
                              f'{origin}, to go on from there), or --overwrite to start anew')
+                before, now = (kept(arguments) for arguments in (saved['arguments'], vars(args)))
+                if other := [name for name in now if now[name] != before[name]]:
+                    sys.exit(f'error: --resume: {origin} goes on with the --{other[0]} that it has, and others at its '
+                             'side: --student-resume, with the last.pth beside it, starts from the weights alone')
+                saved['progress'].setdefault('changed', []).append(f'epoch {saved["progress"]["epoch"]}: {differences}')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
             if saved['arguments']['arch'] != args.arch:
                 sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
@@ -291,7 +296,8 @@ class Run:
     def _result(self) -> dict:
         return {'finished': self.progress['epoch'] >= total_epochs(self.args), 'last': self.progress['last'],
                 'best': self.progress['best'], 'teacher_score': self.progress.get('teacher'),
-                'seconds': round(self.seconds(), 2), **self._provenance()}
+                'changed': self.progress.get('changed', []), 'seconds': round(self.seconds(), 2),
+                **self._provenance()}
 
     def _provenance(self) -> dict:
         """All that is needed to do it again."""
@@ -327,6 +333,12 @@ def differing(before: dict, args) -> str:
     now = recorded(args)
     return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
                      for k in sorted(now.keys() | before.keys()) if k not in NEUTRAL and now.get(k) != before.get(k))
+
+
+def kept(arguments: dict) -> dict:
+    """What a checkpoint is of, and cannot be changed in the middle of a run."""
+    return {'optimizer': arguments['optimizer'], 'distiller': arguments.get('distiller'),
+            'no-bias-decay': arguments['no_bias_decay'], 'ema': arguments['ema'] > 0}
 
 
 def scalars(record: dict):
