@@ -35,7 +35,7 @@ def worker(args, device):
 
     # network and its weights
     seed_everything(run.seed, 'initial weights')
-    student = setup.place(build_student(args, outputs, args.pretrained), device, args)
+    student = setup.place(build_student(args, outputs, run.needs_published()), device, args)
     if args.evaluate:
         run.load_evaluated(student, classes)
         networks = {'student': distributed.replicated(student, device, args)}

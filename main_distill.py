@@ -120,7 +120,7 @@ def worker(args, device):
 
     # student and its weights
     seed_everything(run.seed, 'initial weights')
-    student = setup.place(build_student(args, outputs, args.pretrained, shows=True), device, args)
+    student = setup.place(build_student(args, outputs, run.needs_published(), shows=True), device, args)
     if args.student_resume and not args.evaluate:
         checkpoint.load_weights(student, args.student_resume, f'--arch {args.arch}')
         run.tie(start=checkpoint.fingerprint(student))
@@ -140,7 +140,7 @@ def worker(args, device):
             train.refuse_single_values(distillation, args)
         if args.cache_teacher == 'off' and not args.evaluate:
             distillation.stand_in = lean_teacher(distillation, teacher, device, args)
-        if args.teacher_stream:
+        if args.teacher_stream and not args.evaluate:
             distillation.teach_beside(device)
     except ValueError as error:  # a pair, or data, that a method cannot work with
         sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
@@ -180,7 +180,7 @@ def worker(args, device):
     distributed.say(f'labels count {distillation.ce_weight:g} times' + ''.join(
         f'; {name} compares stages {" ".join(f"{i}-{j}" for i, j in pairs)} (student-teacher)'
         for name, pairs in run.told['stages'].items()))
-    if not (args.skip_first_evaluation or run.progress['epoch'] or run.progress['sample']):
+    if not (args.skip_first_evaluation or run.resumed):
         scores = evaluate(both, valid, prepare, device, args)
         run.report(scores, 'start.json')
         doubt_teacher(scores['teacher'], args)

@@ -90,6 +90,8 @@ class Unwritten(Run):
 def worker(args, device):
     """In place of those of the scripts."""
     found, methods = Findings(), getattr(args, 'distiller', [])
+    if args.seeds:  # which share one GPU
+        args.gpu = device.index
     if problem := setup.no_graph(args, device):
         found.problems.append(problem)
         args.cuda_graph = False
@@ -110,7 +112,7 @@ def worker(args, device):
     outputs = args.num_classes or len(classes)
     prepare, prepare_mixed = Prepare(args, device), Prepare(args, device, mix_classes=outputs)
 
-    networks, origins, columns = find_networks(args, outputs, classes if real else None, run.seed, device, found)
+    networks, origins, columns = find_networks(args, outputs, classes if real else None, run, device, found)
     student, teacher = networks.get('student'), networks.get('teacher')
     if student and args.student_resume:
         run.facts['start'] = checkpoint.fingerprint(student)
@@ -254,17 +256,17 @@ def find_data(args, one, seed, device, found: Findings) -> tuple:
     return train, valid, classes, real
 
 
-def find_networks(args, outputs, classes: list[str] | None, seed, device, found: Findings) -> tuple[dict, dict, dict]:
+def find_networks(args, outputs, classes: list[str] | None, run, device, found: Findings) -> tuple[dict, dict, dict]:
     """By name those that can be made, where their weights are from, and what is to be told of them."""
     methods = getattr(args, 'distiller', [])
     learns = any(DISTILLERS[name].trains_teacher for name in methods)
-    wanted = {'student': (build_student, args.pretrained, args.student_resume, f'--arch {args.arch}', None)}
+    wanted = {'student': (build_student, run.needs_published(), args.student_resume, f'--arch {args.arch}', None)}
     if methods:
         wanted['teacher'] = (build_teacher, not (args.teacher_resume or args.dummy or learns), args.teacher_resume,
                              f'--teacher-arch {args.teacher_arch}', classes)
     networks, origins, columns = {}, {}, {}
     for name, (build, published, file, flag, known) in wanted.items():
-        seed_everything(seed, name)
+        seed_everything(run.seed, name)
         for pretrained in dict.fromkeys([published, False]):
             with found.listing(f'{name}: '):
                 network = build(args, outputs, pretrained, shows=bool(methods))

@@ -87,7 +87,8 @@ def pairs(network: nn.Module, image: torch.Tensor) -> list[tuple[str, str]]:
             found.append((key[0], norm))
 
     handles = [m.register_forward_hook(after) for m in names if isinstance(m, nn.Conv2d)]
-    handles += [m.register_forward_pre_hook(before) for m in names if isinstance(m, _BatchNorm)]
+    handles += [m.register_forward_pre_hook(before) for m in names if isinstance(m, _BatchNorm)
+                and type(m).forward is _BatchNorm.forward]  # timm's may have an activation in them
     network.forward(image)
     for handle in handles:
         handle.remove()

@@ -54,6 +54,11 @@ def build_student(args, classes, pretrained=False, shows=False):
     """shows: whether it has to show its features; so with the teacher."""
     network = build(args.arch, classes, pretrained)
     tell_namesake(args.arch, args)
+    mean, std = STATISTICS[args.dataset]
+    published = pretrained and images_of(network, args.image_size)
+    if published and published[:2] != (tuple(mean), tuple(std)):
+        distributed.say(f'note: {args.arch} was published for images of mean {published[0]} and std {published[1]}; '
+                        f'as a student it gets those of mean {tuple(mean)} and std {tuple(std)}')
     try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 

@@ -205,6 +205,19 @@ def test_best_weights_are_never_taken_for_those_of_another_epoch(images, tmp_pat
     assert again.code == 0 and 'does not hold the weights of epoch 0' in again.err
 
 
+def test_a_mask_of_infinities_is_no_broken_weight(tmp_path):
+    class Masked(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('mask', torch.tensor([0.0, -float('inf')]))
+
+    torch.save(Masked().state_dict(), tmp_path / 'w.pth')
+    checkpoint.load_weights(Masked(), tmp_path / 'w.pth')
+    torch.save({**Masked().state_dict(), '1.bias': torch.full((2,), float('inf'))}, tmp_path / 'w.pth')
+    with pytest.raises(SystemExit, match=r'1\.bias has values that are not finite'):
+        checkpoint.load_weights(Masked(), tmp_path / 'w.pth')
+
+
 def test_a_finished_run_whose_best_weights_are_gone(images, tmp_path, base):
     args = [images, '--epochs', 1, '--output', tmp_path / 'run']
     assert base(*args).code == 0

@@ -8,6 +8,7 @@ import torch
 import zoo
 
 from distillers import DISTILLERS, Distillation
+from utils.optim import make_ema
 
 TINY = ['--dummy', '--dataset', 'cifar10', '--dummy-images', 6, '-b', 4, '--arch', 'resnet8', '--teacher-arch',
         'resnet8', '--epochs', 1, '--skip-first-evaluation', '--distiller', 'kd']
@@ -147,6 +148,14 @@ def test_times_of_what_is_compiled_apart(distill, tmp_path, monkeypatch):
     traced(monkeypatch)
     run = distill(*TINY[:-1], 'crd', '--crd-negatives', 2, '--compile', '--output', tmp_path)
     assert run.log()[0]['train']['update'].keys() == {'teacher', 'student', 'losses', 'backward'}, run.err
+
+
+def test_the_average_that_is_evaluated_is_compiled_as_well():
+    student = zoo.make('same')[0]
+    args = SimpleNamespace(ema=0.9, compile='default')
+    assert make_ema(student, args).module._compiled_call_impl
+    args.compile = False
+    assert not make_ema(student, args).module._compiled_call_impl
 
 
 def test_dot_goes_back_twice_through_compiled_graphs(distill, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from conftest import QUICK, ROOT, assert_same, at_call, script, start, torchrun_
 
 from distillers import Distillation
 from models import create_model
-from utils import signals
+from utils import distributed, signals
 from utils.data import TrainData
 
 PAIR = ['--teacher-arch', 'resnet14']  # teaches resnet8
@@ -115,6 +115,26 @@ def test_one_image_in_the_last_batch_of_whatever_trains(distill, tmp_path, stude
                   '--teacher-arch', teacher_arch, '--distiller', *method.split(), '--output', tmp_path / 'o')
     assert run.code == 1 and 'error: the last batch of an epoch has 1 of the 17 images' in run.err, run.err
     assert 'Epoch 0' not in run.out and not (tmp_path / 'o').exists()
+
+
+def test_one_image_for_the_last_of_several_replicas(distill, tmp_path, monkeypatch):
+    """Of 9 images DataParallel gives 2 to each of four GPUs, and 1 to the fifth."""
+    monkeypatch.setattr(distributed, 'replicas', lambda device, args: 8)
+    flags = ['--dataset', 'cifar10', '--dummy', '-b', 16, '--epochs', 1, '--arch', 'torchvision:squeezenet1_1',
+             '--image-size', 32, '--teacher-arch', 'resnet8', '--distiller', 'srd', '--dummy-images']
+    refused = distill(*flags, 25, '--output', tmp_path / 'a')
+    assert refused.code == 1 and 'the last batch of an epoch has 9 of the 25 images' in refused.err, refused.err
+    assert distill(*flags, 26, '--output', tmp_path / 'b').code == 0
+
+
+def test_a_later_start_is_a_start(distill, images, teacher, tmp_path):
+    run = distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', '--start-epoch', 1, '--epochs', 2))
+    assert run.code == 0 and run.json('start.json')['scores']['teacher']['n'] == 15 and run.json()['teacher_score']
+
+
+def test_what_trains_on_a_gpu_is_scored_without_one(distill, images, teacher, tmp_path):
+    run = distill(*flags(images, teacher, tmp_path, '--distiller', 'kd', '--teacher-stream', '-e'))
+    assert run.code == 0, run.err
 
 
 def test_a_try_with_one_image_leaves_no_trace(distill, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from distillers.lean import LeanTeacher, folded, lean_teacher
 from distillers.mgd import MGD
 from distillers.reviewkd import ReviewKD
 from models import Features, create_model
+from utils.distributed import does_more
 
 
 def norms(network) -> int:
@@ -43,6 +44,25 @@ def test_the_same_features_without_norms(arch, left):
         for x, y in zip(*(x if isinstance(x, list) else [x] for x in (wanted, got))):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * x.abs().max().item())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's: more than a norm, and so it stays."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(0, 2)
+
+
+def test_norms_that_do_more_stay():
+    torch.manual_seed(0)
+    teacher = Tiny((4, 4), (1, 1))
+    teacher.norms[0] = WithActivation(4)
+    teacher, images = settled(teacher), torch.randn(3, 3, 16, 16)
+    lean = folded(teacher)
+    assert type(lean.norms[0]) is WithActivation and norms(lean) == 1
+    torch.testing.assert_close(lean(images), teacher(images), rtol=1e-4, atol=1e-5)
+    assert does_more(teacher) == 'WithActivation' and not does_more(Tiny((4, 4), (1, 1)))
+    assert not does_more(nn.SyncBatchNorm.convert_sync_batchnorm(Tiny((4, 4), (1, 1))))
 
 
 class Seen(Tiny):

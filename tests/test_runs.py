@@ -509,7 +509,35 @@ def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):
     monkeypatch.setattr(type(weights), 'get_state_dict', lambda self, **kw: copy.deepcopy(state))
     run = base(images, '-a', 'shufflenet_v2_x0_5', '--pretrained', '--epochs', 1, '--lr', 0, '--output', tmp_path)
     assert torch.equal(run.weights()['conv1.0.weight'], state['conv1.0.weight'])
-    assert run.weights()['fc.weight'].shape == (3, 1024)
+    assert run.weights()['fc.weight'].shape == (3, 1024) and 'was published for' not in run.out
+    cifar = base('--dummy', '--dataset', 'cifar10', '-a', 'shufflenet_v2_x0_5', '--pretrained', '-e')
+    assert 'was published for images of mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225); as a st' in cifar.out
+
+
+def test_published_weights_are_asked_for_by_a_run_that_begins(base, images, tmp_path, monkeypatch):
+    """Not by one that goes on, or is told of others: it may be where there is no network."""
+    def offline(*args, **kwargs):
+        raise OSError('no network')
+    flags = [images, '-a', 'shufflenet_v2_x0_5', '--output', tmp_path / 'run']
+    assert base(*flags, '--epochs', 1).code == 0
+    monkeypatch.setattr(torchvision.models.WeightsEnum, 'get_state_dict', offline)
+    resumed = [*flags[:-1], tmp_path / 'other', '--epochs', 2, '--resume', tmp_path / 'run' / 'checkpoint.pth']
+    for run in ([*flags, '-e'], [*flags[:3], '-e', '--student-resume', tmp_path / 'run' / 'last.pth'], resumed):
+        assert base(*run, '--pretrained').code == 0
+    fresh = base(*flags[:3], '--pretrained', '--epochs', 1)
+    assert fresh.code == 1 and 'cannot be downloaded: no network' in fresh.err
+
+
+def test_another_precision_may_take_a_run_up(base, images, tmp_path):
+    assert base(images, '--epochs', 1, '--output', tmp_path / 'a').code == 0
+    run = base(images, '--epochs', 2, '--amp', 'fp16', '--output', tmp_path / 'b', '--resume',
+               tmp_path / 'a' / 'checkpoint.pth')
+    assert run.code == 0 and run.weights('checkpoint.pth')['scaler'], run.err
+
+
+def test_to_start_anew_and_to_score_is_one_too_many(base, images, tmp_path):
+    run = base(images, '--overwrite', '-e', '--output', tmp_path)
+    assert run.code == 2 and 'choose one' in run.err
 
 
 def test_networks_of_torchvision_train_too(base, images, tmp_path):

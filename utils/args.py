@@ -10,7 +10,7 @@ from pathlib import Path
 NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 'resume', 'evaluate', 'overwrite',
            'output', 'save_every', 'tensorboard', 'gpu', 'world_size', 'rank', 'dist_url', 'dist_backend',
            'dist_timeout', 'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images',
-           'max_broken_updates', 'start_epoch', 'data_backend', 'cache_dir', 'inspect'}
+           'max_broken_updates', 'start_epoch', 'data_backend', 'cache_dir', 'inspect', 'skip_first_evaluation'}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -261,6 +261,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         check_graph(parser, args)
     if args.inspect and args.evaluate:
         parser.error('--inspect looks at a training run, --evaluate scores: choose one')
+    if args.overwrite and args.evaluate:
+        parser.error('--overwrite starts anew, --evaluate scores what is there: choose one')
     if args.overwrite and args.resume != 'auto':
         parser.error('--overwrite starts anew, --resume PATH goes on: choose one')
     if args.seeds:

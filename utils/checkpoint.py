@@ -173,7 +173,8 @@ def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
     wrong += [f'{k} is unknown' for k in weights if k not in own]
     wrong += [f'{k} is {list(weights[k].shape)} instead of {list(own[k].shape)}'
               for k in own if k in weights and weights[k].shape != own[k].shape]
-    wrong += [f'{k} has values that are not finite' for k in own if k in weights and not weights[k].isfinite().all()]
+    wrong += [f'{k} has values that are not finite' for k in own if k in weights and not weights[k].isfinite().all()
+              and not torch.equal(own[k].cpu(), weights[k].cpu())]  # a mask of -inf is as it was made
     if wrong:
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
         last = [*own][-1]  # of the classifier

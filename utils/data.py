@@ -187,9 +187,11 @@ class TrainData:
     def refuse_single_values(self, task: nn.Module, args):
         """BatchNorm takes no statistics from a map of one pixel of one image; an epoch would end in that."""
         left = self.order.length % self.order.batch or self.order.batch
-        if left >= 2 * self.order.world or args.sync_bn:
-            return
         state, device = copy.deepcopy(task.state_dict()), next(task.parameters()).device
+        part = -(-left // distributed.replicas(device, args))  # DataParallel's all have as many, but for the last one
+        fewest = left // self.order.world if self.order.world > 1 else left % part or part
+        if fewest >= 2 or args.sync_bn:
+            return
         image = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
         number = torch.tensor([0], device=device)
         try:

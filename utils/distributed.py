@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import signals, together
@@ -294,6 +295,8 @@ def wrap(task, device, args):
     if args.sync_bn:
         if device.type != 'cuda' or not dist.is_initialized():
             stop('--sync-bn needs GPUs, and one process for each (torchrun or --multiprocessing-distributed)')
+        if own := does_more(task):
+            stop(f'--sync-bn would take away what {own} does beside normalising')
         task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
     if dist.is_initialized():
         new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15 on
@@ -305,10 +308,22 @@ def wrap(task, device, args):
     return task
 
 
-def replicated(network, device, args):
-    """DataParallel where one process was started without a word and sees several GPUs, else the network as it is."""
+def does_more(module) -> str:
+    """The kind of a BatchNorm with a forward() of its own, such as timm's with an activation; empty if none has."""
+    plain = (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
+    return next((type(m).__name__ for m in module.modules() if isinstance(m, _BatchNorm)
+                 and type(m).forward not in plain), '')
+
+
+def replicas(device, args) -> int:
+    """GPUs of one process: several where it was started without a word and sees them."""
     alone = device.type == 'cuda' and args.gpu is None and not dist.is_initialized()
-    if not alone or torch.cuda.device_count() < 2:
+    return max(torch.cuda.device_count(), 1) if alone else 1
+
+
+def replicated(network, device, args):
+    """DataParallel over them, or the network as it is."""
+    if replicas(device, args) == 1:
         return network
     if args.compile:  # a replica would run what was compiled for the first GPU
         sys.exit('error: --compile needs one process per GPU (torchrun, --multiprocessing-distributed), or --gpu N')

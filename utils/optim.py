@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from .dot import DOT
+from .setup import compiled
 
 
 def make_optimizer(task: nn.Module, args) -> torch.optim.Optimizer:
@@ -79,4 +80,8 @@ class Average(torch.optim.swa_utils.AveragedModel):
 
 
 def make_ema(student: nn.Module, args) -> Average | None:
-    return Average(student, args.ema) if args.ema else None
+    if not args.ema:
+        return None
+    average = Average(student, args.ema)
+    compiled(average.module, args)  # a copy is not
+    return average

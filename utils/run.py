@@ -44,6 +44,7 @@ class Run:
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
         self.parts, self.facts, self.began, self.writer = {}, {}, time.monotonic(), None
         self.told = {}  # what else the results tell of the run
+        self.resumed = False  # from a checkpoint
         self.unwritten, self.written = {}, float('-inf')  # files of the last and the best epoch by name; when they were
 
     def _open(self):
@@ -116,6 +117,8 @@ class Run:
             return
         for name, part in self.parts.items():
             try:
+                if name == 'scaler' and not self.saved[name]:
+                    continue  # of a run in another precision: it begins anew
                 if name == 'model':
                     checkpoint.fit(part, self.saved[name], self.origin)
                 elif isinstance(part, torch.optim.Optimizer):
@@ -129,12 +132,13 @@ class Run:
                 else:
                     part.load_state_dict(self.saved[name])
             except (KeyError, ValueError, RuntimeError) as error:
-                sys.exit(f'error: cannot go on from {self.origin}: {name}: {str(error).splitlines()[0]}')
+                why = ' '.join(line.strip() for line in str(error).splitlines()[:2])  # torch names them in the second
+                sys.exit(f'error: cannot go on from {self.origin}: {name}: {why}')
         for name, fact in self.facts.items():
             if self.saved['facts'].get(name) != fact:
                 sys.exit(f'error: cannot go on from {self.origin}: its {name}: {self.saved["facts"].get(name)}; '
                          f'here: {fact}')
-        self.progress = self.saved['progress']
+        self.progress, self.resumed = self.saved['progress'], True
         distributed.say(f'resumed from {self.origin}: epoch {self.progress["epoch"]}, sample '
                         f'{self.progress["sample"]}')
         self.saved = None
@@ -145,6 +149,10 @@ class Run:
             if len(told := dict.fromkeys(distributed.gather(fact))) > 1:
                 distributed.stop(f'the ranks differ in their {name}: {", ".join(told)}')
         self.facts |= facts
+
+    def needs_published(self) -> bool:
+        """Whether the student starts from the weights that --pretrained names, and no others come in their place."""
+        return self.args.pretrained and not (self.args.student_resume or self.saved)
 
     def load_evaluated(self, network, classes: list[str]):
         """What --evaluate scores: the weights named by --student-resume, else those of the run."""

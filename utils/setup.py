@@ -34,8 +34,9 @@ def configure(args, device: torch.device):
 
 def no_graph(args, device: torch.device) -> str:
     """Why --cuda-graph, if asked for, cannot be."""
-    possible = device.type == 'cuda' and (args.gpu is not None or torch.cuda.device_count() == 1)
-    return '' if possible or not args.cuda_graph else '--cuda-graph needs a GPU, and only one: name it with --gpu'
+    one = device.type == 'cuda' and (args.gpu is not None or torch.cuda.device_count() == 1)
+    asked = args.cuda_graph and not args.evaluate
+    return '--cuda-graph needs a GPU, and only one: name it with --gpu' if asked and not one else ''
 
 
 def has_bf16(device: torch.device) -> bool:
