@@ -11,6 +11,7 @@ from torch import nn
 
 from distillers import DISTILLERS
 from distillers.flags import hyper_parameters
+from distillers.margins import tells_margins
 
 from . import meta_arch, mobilenet  # noqa: F401, which register what configs name
 from .config import LOGITS, MAPS, PREACT, arguments, check_schedule, teacher_config
@@ -35,9 +36,27 @@ class Whole(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
 
 
+def build_detector(cfg: CfgNode) -> nn.Module:
+    detector = build_model(cfg)
+    if cfg.MODEL.DISTILL.LAST_NORM and not isinstance(detector, meta_arch.Distilled):
+        raise ValueError(f'MODEL.DISTILL.LAST_NORM: a {type(detector).__name__} has no such norms; '
+                         'MODEL.META_ARCHITECTURE DistilledRetinaNet or DistilledRCNN has, also without a teacher')
+    return detector
+
+
+def check_start(student: nn.Module):
+    """Of weights that were just loaded: norms that train have to be those of the features that they normalise."""
+    folded = [name for name, norm in student.replaced.items() if not isinstance(norm, nn.GroupNorm)
+              and not tells_margins(norm)]
+    if folded:
+        raise ValueError(f'MODEL.DISTILL.LAST_NORM: in MODEL.WEIGHTS {folded[0]} is folded into its convolution, so '
+                         'what trains would normalise a second time: take weights with their norms, such as '
+                         "torchvision's (convert_weights.py), not MSRA's")
+
+
 def build_teacher(cfg: CfgNode) -> nn.Module:
     own = teacher_config(cfg)
-    teacher, weights = build_model(own), own.MODEL.WEIGHTS
+    teacher, weights = build_detector(own), own.MODEL.WEIGHTS
     try:
         if not weights or not Path(PathManager.get_local_path(weights)).is_file():
             raise ValueError('there is no such file')
@@ -52,7 +71,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
     """With its teacher and methods, if the config has any."""
     if cfg.MODEL.DISTILL.LAST_NORM == 'BN' and comm.get_world_size() > 1:
         raise ValueError('MODEL.DISTILL.LAST_NORM is BN, whose statistics would differ between processes: take SyncBN')
-    student, methods = build_model(cfg), cfg.MODEL.DISTILL.METHODS
+    student, methods = build_detector(cfg), cfg.MODEL.DISTILL.METHODS
     if methods:
         check_schedule(cfg.MODEL.DISTILL.PERIODS, cfg.MODEL.DISTILL.STEPS, cfg.MODEL.DISTILL.ITERS)
         if not isinstance(student, meta_arch.Distilled):
@@ -74,18 +93,22 @@ def build_method(name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode
         check_boxes(student, teacher)
     try:
         method = DISTILLERS[name](*views, **arguments(name, cfg))
-    except ValueError as error:  # it knows its hyper-parameters by their names, or as flags
-        key, (word, _, rest) = f'MODEL.DISTILL.{name.upper()}', str(error).partition(' ')
-        own = word in hyper_parameters(DISTILLERS[name])
-        told = f'{key}.{word.upper()} {rest}' if own else f'{key}: {error}'
-        told = re.sub(rf'--{name}-([a-z-]+)', lambda flag: f'{key}.{flag[1].replace("-", "_").upper()}', told)
-        raise ValueError(told) from None
+    except ValueError as error:
+        raise ValueError(in_keys(name, error)) from None
     if method.batch_statistics:
         raise ValueError(f'{name} would normalise the teacher by the batch, but a detector has frozen norms')
     if not getattr(method, 'per_sample', True):
         raise ValueError(f'MODEL.DISTILL.{name.upper()}.BETA batch is a mean over the images of a batch, and what '
                          'detectors classify are boxes, on each rank another number of them: take sample')
     return method
+
+
+def in_keys(name: str, error: ValueError) -> str:
+    """What a method says, which knows its hyper-parameters by their names, or as flags."""
+    key, (word, _, rest) = f'MODEL.DISTILL.{name.upper()}', str(error).partition(' ')
+    own = word in hyper_parameters(DISTILLERS[name])
+    told = f'{key}.{word.upper()} {rest}' if own else f'{key}: {error}'
+    return re.sub(rf'--{name}-([a-z-]+)', lambda flag: f'{key}.{flag[1].replace("-", "_").upper()}', told)
 
 
 def features_of(name: str, cfg: CfgNode) -> tuple[str, ...]:

@@ -2,13 +2,19 @@
 
     python d2/convert_weights.py resnet18 r-18.pth              torchvision's own, downloaded
     python d2/convert_weights.py resnet18-f37072fd.pth r-18.pth   a file of them
+    python d2/convert_weights.py runs/NAME/best.pth r-18.pth      a ResNet or MobileNetV2 that main_base.py trained
 """
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
 import torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.checkpoint import read, weights_of
 
 RULES = [  # of a ResNet; MobileNetV2 keeps its names
     (r'^(conv1|bn1)\.', r'stem.\1.'),
@@ -18,6 +24,7 @@ RULES = [  # of a ResNet; MobileNetV2 keeps its names
     (r'downsample\.1', 'shortcut.norm'),
 ]
 NOT_USED = re.compile(r'^(fc|classifier)\.|num_batches_tracked$')
+STEMS = {'stem.conv1.weight', 'features.0.0.weight'}  # of which each backbone has one
 
 
 def renamed(key: str) -> str:
@@ -29,6 +36,8 @@ def renamed(key: str) -> str:
 def convert(state: dict) -> dict:
     """A checkpoint whose entries Detectron2 looks up by the ends of their names."""
     model = {renamed(key): value for key, value in state.items() if not NOT_USED.search(key)}
+    if not STEMS & model.keys():
+        raise ValueError(f"weights of no ResNet and no MobileNetV2 of torchvision's: {next(iter(state))}, ...")
     return {'model': model, 'matching_heuristics': True}
 
 
@@ -39,8 +48,11 @@ if __name__ == '__main__':
     args = parser.parse_args()
     if args.target.suffix == '.pkl':
         parser.error(f'{args.target}: Detectron2 would unpickle it, and this is a file of torch.save: call it .pth')
-    if Path(args.source).exists():
-        state = torch.load(args.source, map_location='cpu', weights_only=True)
-    else:
-        state = torchvision.models.get_model_weights(args.source).IMAGENET1K_V1.get_state_dict(check_hash=True)
-    torch.save(convert(state), args.target)
+    try:
+        if args.source in torchvision.models.list_models():
+            state = torchvision.models.get_model_weights(args.source).IMAGENET1K_V1.get_state_dict(check_hash=True)
+        else:
+            state = weights_of(read(Path(args.source)), args.source)
+        torch.save(convert(state), args.target)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f'error: {str(error).splitlines()[0]}')

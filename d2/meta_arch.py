@@ -15,6 +15,10 @@ from .norms import replace_last_norms
 from .views import box_logits, show, watching
 
 
+class Unanswered(Exception):
+    """What a method, by name, says of the features that it looked at before an epoch."""
+
+
 class Distilled:
     """Mixin before a meta-architecture. Without `distil` it is the parent.
 
@@ -26,8 +30,8 @@ class Distilled:
         super().__init__(**parts)
         self.hidden = ()  # the teacher: no module looks into a tuple, so it has no part in parameters, state and mode
         self.names, self.kd = {}, nn.ModuleDict()
-        replaced = replace_last_norms(self, last_norm) if last_norm else []
-        self.private = {f'{name}.num_batches_tracked' for name in replaced}
+        self.replaced = replace_last_norms(self, last_norm) if last_norm else {}
+        self.private = {f'{name}.num_batches_tracked' for name in self.replaced}
         self.register_state_dict_post_hook(hide)
         self.register_load_state_dict_post_hook(pardon)
 
@@ -82,8 +86,11 @@ class Distilled:
     def start_epoch(self, epoch: int, batches) -> dict[str, list[dict]]:
         """Let the methods prepare for an epoch; batches() iterates over what forward gets. Returns their reports."""
         for name, method in self.kd.items():
-            method.start_epoch(epoch, lambda name=name, asked=method.asks_student: self.pairs(
-                self.names[name], batches(), asked))
+            try:
+                method.start_epoch(epoch, lambda name=name, asked=method.asks_student: self.pairs(
+                    self.names[name], batches(), asked))
+            except ValueError as error:  # features to which it has no answer
+                raise Unanswered(name, error) from error
         return {name: method.report for name, method in self.kd.items() if method.report}
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from .views import bottom_up_of
 KINDS = ('BN', 'SyncBN', 'GN')
 
 
-def replace_last_norms(detector: nn.Module, kind: str) -> list[str]:
-    """Exchange the norms of the last block of each stage that trains; names stay, so weights still load. Their names.
+def replace_last_norms(detector: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """Exchange the norms of the last block of each stage that trains; names stay, so weights still load. The new ones.
 
     BN and SyncBN become, in a plain config, frozen norms that compute the same. GN cannot: a plain detector would load
     it without a word and compute something else, so it marks the checkpoint with a key that is reported as unknown.
@@ -29,4 +29,4 @@ def replace_last_norms(detector: nn.Module, kind: str) -> list[str]:
         detector.register_buffer('needs_LAST_NORM_GN', torch.tensor(True))
         logging.getLogger(__name__).warning('LAST_NORM is GN: evaluate this student with its own config; a plain '
                                             'detector loads it, too, but computes something else')
-    return list(replaced)
+    return {name: conv.norm for name, conv in replaced.items()}

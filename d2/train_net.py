@@ -4,36 +4,47 @@
     python d2/train_net.py --num-gpus 8 --config-file d2/configs/mgd_retinanet_R18_R50.yaml MODEL.TEACHER.WEIGHTS T.pth
     python d2/train_net.py --eval-only --config-file d2/configs/base_retinanet_R18.yaml MODEL.WEIGHTS S.pth
 """
+import pickle
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from detectron2.checkpoint import DetectionCheckpointer
+import torch
+import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from d2.build import build_student, build_teacher, student_of
-from d2.config import default_config, teacher_config
+from d2.build import Whole, build_detector, build_student, build_teacher, check_start, in_keys, student_of
+from d2.config import arguments, default_config, teacher_config
 from d2.hooks import Epochs
+from d2.meta_arch import Unanswered
 from utils.checkpoint import fingerprint
 
 
 class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         super().__init__(rescaled(cfg, comm.get_world_size()))
+        for name in self.cfg.DATASETS.TRAIN:
+            check_classes(self.cfg, name)
+        student, checkpointer = student_of(self.model), self.checkpointer
+        # first what the others have to fit
+        checkpointer.checkpointables = {'run': Identity(self.cfg, student), **checkpointer.checkpointables}
         if self.cfg.MODEL.DISTILL.METHODS:
-            student = student_of(self.model)
-            self.checkpointer.add_checkpointable('teacher', Identity(student.teacher))
-            self.checkpointer.add_checkpointable('distill', student.kd)
+            checkpointer.add_checkpointable('distill', student.kd)
+
+    def resume_or_load(self, resume=True):
+        super().resume_or_load(resume)
+        anew = not (resume and self.checkpointer.has_checkpoint())
+        if anew and self.cfg.MODEL.WEIGHTS and self.cfg.MODEL.DISTILL.LAST_NORM:
+            check_start(student_of(self.model))
 
     @classmethod
     def build_model(cls, cfg):
@@ -41,6 +52,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
+        check_classes(cfg, dataset_name)
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / 'inference'))
 
     def build_hooks(self):
@@ -52,18 +64,25 @@ class Trainer(DefaultTrainer):
 
 
 class Identity:
-    """What ties a run to its teacher: the hash of its weights."""
+    """What a run is tied to: Detectron2 would go on with the rate and decay that it had, whatever the config says."""
 
-    def __init__(self, teacher):
-        self.hash = fingerprint(teacher)
+    def __init__(self, cfg, student):
+        methods = cfg.MODEL.DISTILL.METHODS
+        self.facts = {f'SOLVER.{key}': cfg.SOLVER[key] for key in ('IMS_PER_BATCH', 'BASE_LR', 'WEIGHT_DECAY')} | {
+            'MODEL.DISTILL.METHODS': ' '.join(methods)} | {
+            f'MODEL.DISTILL.{name.upper()}.{key.upper()}': value
+            for name in methods for key, value in arguments(name, cfg).items()}
+        if methods:
+            self.facts['MODEL.TEACHER.WEIGHTS'] = f'weights of hash {fingerprint(student.teacher)}'
 
     def state_dict(self) -> dict:
-        return {'hash': self.hash}
+        return self.facts
 
     def load_state_dict(self, state: dict):
-        if state['hash'] != self.hash:
-            raise ValueError(f'MODEL.TEACHER.WEIGHTS: the run that --resume would go on with had a teacher of other '
-                             f'weights ({state["hash"]}, here {self.hash}): name them, or another OUTPUT_DIR')
+        for key in {**self.facts, **state}:
+            if state.get(key) != self.facts.get(key):
+                raise ValueError(f'{key}: the run that --resume would go on with had {state.get(key)}, and here it is '
+                                 f'{self.facts.get(key)}: give what it had (with as many GPUs), or another OUTPUT_DIR')
 
 
 def rescaled(cfg, world: int):
@@ -90,8 +109,36 @@ def setup(args):
         if not isinstance(data, (tuple, list)) or len(data) != 3:
             raise ValueError(f"DATASETS.COCO_FORMAT has {data!r}: what it lists are ('name', 'file.json', 'images/')")
         register_coco_instances(data[0], {}, *data[1:])
-    check_data([*cfg.DATASETS.TEST, *(() if args.eval_only or args.eval_teacher else cfg.DATASETS.TRAIN)])
+    trains = not (args.eval_only or args.eval_teacher)
+    check_machine(cfg, comm.get_world_size(), trains)
+    check_data([*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if trains else ())])
     return cfg
+
+
+def check_machine(cfg, world: int, trains: bool):
+    """What Detectron2 asserts, or finds out later."""
+    solver = cfg.SOLVER
+    if cfg.MODEL.DEVICE.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f'MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no GPU: MODEL.DEVICE cpu')
+    if solver.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith('cuda'):
+        raise ValueError('SOLVER.AMP.ENABLED is for GPUs')
+    ranks = solver.REFERENCE_WORLD_SIZE or world  # by the first it is made fit for the second
+    if trains and solver.IMS_PER_BATCH % ranks:
+        raise ValueError(f'SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be shared by {ranks} GPUs; '
+                         'SOLVER.REFERENCE_WORLD_SIZE tells how many it is meant for, if others than there are')
+
+
+class OtherClasses(ValueError):
+    pass
+
+
+def check_classes(cfg, name: str):
+    """Once the data are loaded: a class more than the detector has would be its background."""
+    known = MetadataCatalog.get(name).get('thing_classes')
+    key = 'RETINANET' if 'RetinaNet' in cfg.MODEL.META_ARCHITECTURE else 'ROI_HEADS'
+    if known is not None and len(known) != cfg.MODEL[key].NUM_CLASSES:
+        raise OtherClasses(f'the data set {name} has {len(known)} categories ({", ".join(known[:4])}, ...), and '
+                           f'MODEL.{key}.NUM_CLASSES is {cfg.MODEL[key].NUM_CLASSES}')
 
 
 def check_data(names):
@@ -116,26 +163,36 @@ def stop(error: Exception):
 def main(args):
     try:
         cfg = setup(args)
-    except (ValueError, KeyError, AssertionError, OSError) as error:  # yacs's own, of keys and files
+    except (ValueError, KeyError, AssertionError, OSError, yaml.YAMLError) as error:  # yacs's own, of keys and files
         stop(error)
     try:
         if args.eval_teacher:
             cfg, model = teacher_config(cfg), build_teacher(cfg)
         elif args.eval_only:
-            model = build_model(cfg)
-            DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            model = build_detector(cfg)
+            trained = Whole(model, save_dir=cfg.OUTPUT_DIR)
+            if not (cfg.MODEL.WEIGHTS or (args.resume and trained.has_checkpoint())):
+                raise ValueError('MODEL.WEIGHTS is empty: name the weights to evaluate')
+            trained.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         stop(error)
+    except pickle.UnpicklingError:
+        stop(ValueError(f'MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} is damaged, or no checkpoint'))
     except (AssertionError, KeyError) as error:  # of Detectron2, for weights and data that are not there
         if not any(words in str(error) for words in ('not found', 'registry')):
             raise
         stop(error)
-    if not (args.eval_only or args.eval_teacher):
-        return trainer.train()
-    results = Trainer.test(cfg, model)
+    try:
+        if not (args.eval_only or args.eval_teacher):
+            return trainer.train()
+        results = Trainer.test(cfg, model)
+    except Unanswered as error:
+        stop(ValueError(in_keys(*error.args)))
+    except OtherClasses as error:
+        stop(error)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -145,6 +202,8 @@ if __name__ == '__main__':
     parser = default_argument_parser()
     parser.add_argument('--eval-teacher', action='store_true', help='evaluate the teacher, and nothing else')
     args = parser.parse_args()
+    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
+        parser.error(f'--num-gpus {args.num_gpus}, and there are {torch.cuda.device_count()}')
     try:
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
     except ProcessExitedException as ended:  # which has said why, if it could

@@ -426,8 +426,13 @@ def test_schedule_of_the_flow():
     assert [epoch_of(i, *schedule) for i in (0, 4999, 5000, 30999, 31000, 89999)] == [1, 1, 2, 4, 5, 6]
 
 
-def test_the_divisor_of_mgd_does_not_go_by_the_size_of_the_probe():
-    assert default_config().MODEL.DISTILL.MGD.LOSS_FACTOR == 1e4
+def test_methods_have_the_values_that_are_published_for_detectors():
+    """Whatever they are combined with, and without a config of their own."""
+    distill = default_config().MODEL.DISTILL
+    assert (distill.MGD.LOSS_FACTOR, distill.MGD.STAGE_FACTORS, distill.MGD.NORM) == (4e8, (1, 1, 10, 10), 'gn')
+    assert (distill.DKD.ALPHA, distill.DKD.BETA, distill.DKD.TEMPERATURE, distill.DKD.WARMUP) == (1, 0.25, 1, 1)
+    assert (distill.REVIEWKD.WEIGHT, distill.REVIEWKD.MAX_MID, distill.REVIEWKD.WARMUP) == (1, 256, 1)
+    assert distill.REVIEWKD.FEATURES == ('p2', 'p3', 'p4', 'p5', 'p6')
 
 
 def test_schedule_for_other_numbers_of_gpus():
@@ -457,7 +462,8 @@ def trainer_for(teachers, folder, options=(), resume=False):
 def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypatch):
     begun, original = [], train_net.Epochs.start
     monkeypatch.setattr(train_net.Epochs, 'start', lambda self, i: (begun.append(i), original(self, i)))
-    trainer = trainer_for(teachers, tmp_path / 'run', ['MODEL.DISTILL.MGD.LOSS_FACTOR', 1e6])
+    divisor = ['MODEL.DISTILL.MGD.LOSS_FACTOR', 1e6]
+    trainer = trainer_for(teachers, tmp_path / 'run', divisor)
     trainer.train()
     assert begun == [0, 2, 5]
     assert 'bbox' in trainer._last_eval_results and trainer.model.kd['mgd'].updated == 3
@@ -466,7 +472,7 @@ def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypat
 
     # the checkpoint, in a plain detector
     file = torch.load(tmp_path / 'run' / 'model_final.pth', weights_only=True)
-    assert set(file) == {'model', 'distill', 'teacher', 'trainer', 'iteration'}
+    assert set(file) == {'model', 'distill', 'run', 'trainer', 'iteration'}
     plain = build_model(config('base_retinanet_R18')).eval()
     assert set(file['model']) == set(plain.state_dict())
     missing, unexpected = plain.load_state_dict(file['model'], strict=True)
@@ -484,7 +490,7 @@ def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypat
     kept = copy.deepcopy((trainer.model.state_dict(), trainer.model.kd.state_dict(),
                           trainer.optimizer.state_dict()['state']))
     monkeypatch.setattr('distillers.mgd.match', lambda *_: pytest.fail('matched anew'))
-    again = trainer_for(teachers, tmp_path / 'run', ['SOLVER.MAX_ITER', 7], resume=True)
+    again = trainer_for(teachers, tmp_path / 'run', [*divisor, 'SOLVER.MAX_ITER', 7], resume=True)
     assert again.start_iter == 6
     again._hooks[1].before_train()
     state = again.model.state_dict(), again.model.kd.state_dict(), again.optimizer.state_dict()['state']
@@ -498,8 +504,13 @@ def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypat
     other = torch.load(teachers['base_retinanet_R50'], weights_only=True)
     other['model']['backbone.bottom_up.res5.2.conv3.weight'][0] += 1
     torch.save(other, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='had a teacher of other weights'):
-        trainer_for({'base_retinanet_R50': str(tmp_path / 'other.pth')}, tmp_path / 'run', resume=True)
+    with pytest.raises(ValueError, match=r'MODEL\.TEACHER\.WEIGHTS: the run that --resume .* had weights of hash'):
+        trainer_for({'base_retinanet_R50': str(tmp_path / 'other.pth')}, tmp_path / 'run', divisor, resume=True)
+    # nor with a rate or methods that Detectron2 would not take
+    for more, key in ((['SOLVER.BASE_LR', 0.5], 'SOLVER.BASE_LR'), (['MODEL.DISTILL.METHODS', ('mgd', 'ofd')],
+                                                                    'MODEL.DISTILL.METHODS')):
+        with pytest.raises(ValueError, match=f'^{key}: the run that --resume would go on with had'):
+            trainer_for(teachers, tmp_path / 'run', [*divisor, *more], resume=True)
 
 
 def test_group_norm_marks_its_checkpoint(caplog):
@@ -516,7 +527,7 @@ def test_group_norm_marks_its_checkpoint(caplog):
 @pytest.mark.parametrize('freeze_at, kinds', [(1, 4), (2, 3)])
 def test_last_norms_are_replaced_where_the_block_trains(freeze_at, kinds):
     plain = build_model(config('base_retinanet_R18', 'MODEL.BACKBONE.FREEZE_AT', freeze_at))
-    names = replace_last_norms(plain, 'BN')
+    names = [*replace_last_norms(plain, 'BN')]
     assert names == [f'backbone.bottom_up.{stage}.1.conv{k}.norm' for stage in STAGES[-kinds:] for k in (1, 2)]
     assert sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules()) == 2 * kinds
 
@@ -571,7 +582,16 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.TEACHER.WEIGHTS', 'base_retinanet_R18'], 'do not fit its config'),
     ('mgd_retinanet_R18_R50', ['MODEL.TEACHER.CONFIG_FILE', 'missing.yaml'], 'there is no missing.yaml'),
     ('mgd_retinanet_R18_R50', ['MODEL.BACKBONE.FREEZE_AT', 2], 'no parameter of the student trains before res2'),
-    ('mgd_retinanet_R18_R50', ['MODEL.META_ARCHITECTURE', 'RetinaNet'], 'learn from a teacher'),
+    ('mgd_retinanet_R18_R50', ['MODEL.META_ARCHITECTURE', 'RetinaNet', 'MODEL.DISTILL.LAST_NORM', ''],
+     'learn from a teacher'),
+    ('mgd_retinanet_R18_R50', ['MODEL.META_ARCHITECTURE', 'RetinaNet'], 'a RetinaNet has no such norms'),
+    ('mgd_retinanet_R18_R50', ['MODEL.RETINANET.NUM_CLASSES', 4], 'toy_train has 3 categories (red, green, blue'),
+    ('mgd_retinanet_R18_R50', ['MODEL.DEVICE', 'cuda'], 'there is no GPU: MODEL.DEVICE cpu'),
+    ('mgd_retinanet_R18_R50', ['SOLVER.AMP.ENABLED', True], 'AMP.ENABLED is for GPUs'),
+    ('mgd_retinanet_R18_R50', ['SOLVER.REFERENCE_WORLD_SIZE', 3], 'IMS_PER_BATCH 2 cannot be shared by 3 GPUs'),
+    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'TMP/text'], "text' is damaged, or no checkpoint"),
+    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'base_retinanet_R50', 'MODEL.RESNETS.DEPTH', 50],
+     'norm is folded into its convolution'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('crd',)], 'crd is none of those for detectors'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('dkd',)], 'takes a box head'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('reviewkd',)], 'no map p2'),
@@ -606,8 +626,17 @@ def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsy
     options = [teachers.get(value, value) if isinstance(value, str) else value for value in options]
     given = [*SMALL, *SCHEDULE, 'MODEL.TEACHER.OPTS', SMALL, 'MODEL.TEACHER.CONFIG_FILE', f'{teacher}.yaml',
              'MODEL.TEACHER.WEIGHTS', teachers[teacher], 'OUTPUT_DIR', tmp_path, *options]
-    if complaint == 'no weights':
+    if 'no weights' in complaint or 'damaged' in complaint:
         (tmp_path / 'text').write_text('of no use')
+    if 'cuda' in options:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    if 'folded' in complaint:
+        weights = torch.load(teachers['base_retinanet_R50'], weights_only=True)['model']
+        for key, value in weights.items():
+            if key.endswith('running_mean'):
+                weights[key], weights[key[:-4] + 'var'] = torch.zeros_like(value), torch.ones_like(value)
+        torch.save({'model': weights}, tmp_path / 'folded.pth')
+        given[given.index('MODEL.WEIGHTS', -6) + 1] = tmp_path / 'folded.pth'
     if 'another backbone' in complaint:
         weights = torch.load(teachers[teacher], weights_only=True)
         weights['model']['backbone.bottom_up.res4.6.conv1.weight'] = torch.zeros(1)
@@ -616,6 +645,37 @@ def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsy
         train_net.main(arguments(name, *given))
     error, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
     assert end.value.code == 1 and complaint in error
+
+
+@pytest.mark.parametrize('options, complaint', [
+    (['MODEL.WEIGHTS', ''], 'MODEL.WEIGHTS is empty'), (['MODEL.RESNETS.DEPTH', 50], 'they do not fit its config'),
+    (['MODEL.RETINANET.NUM_CLASSES', 4], 'they do not fit its config'), ([], None)])
+def test_an_evaluation_is_of_the_weights_that_are_named(teachers, coco, tmp_path, monkeypatch, capsys, options,
+                                                        complaint):
+    for name in ('default_setup', 'setup_logger'):
+        monkeypatch.setattr(train_net, name, lambda *_, **__: None)
+    args = arguments('base_retinanet_R18', *SMALL, *SCHEDULE, 'OUTPUT_DIR', tmp_path, 'MODEL.WEIGHTS',
+                     teachers['base_retinanet_R18'], *options)
+    args.eval_only = True
+    if complaint:
+        with pytest.raises(SystemExit):
+            train_net.main(args)
+        assert complaint in capsys.readouterr().err
+    else:
+        assert 'bbox' in train_net.main(args)
+
+
+def test_what_a_method_says_before_an_epoch_is_one_line(teachers, coco, tmp_path, monkeypatch, capsys):
+    for name in ('default_setup', 'setup_logger'):
+        monkeypatch.setattr(train_net, name, lambda *_, **__: None)
+    def diverged(*_):
+        raise ValueError('the paraphraser diverged: a smaller --mgd-loss-factor may help')
+    monkeypatch.setattr('distillers.mgd.MGD.start_epoch', diverged)
+    with pytest.raises(SystemExit) as end:
+        train_net.main(arguments('mgd_retinanet_R18_R50', *SMALL, *SCHEDULE, 'MODEL.TEACHER.OPTS', SMALL, 'OUTPUT_DIR',
+                                 tmp_path, 'MODEL.TEACHER.WEIGHTS', teachers['base_retinanet_R50']))
+    assert end.value.code == 1 and ('error: MODEL.DISTILL.MGD: the paraphraser diverged: a smaller '
+                                    'MODEL.DISTILL.MGD.LOSS_FACTOR may') in capsys.readouterr().err
 
 
 def test_a_student_with_groups_is_no_teacher_without_them(tmp_path):
@@ -745,6 +805,23 @@ def test_the_script_from_another_folder(teachers, coco, tmp_path):
                           env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 'Evaluation results for bbox' in done.stdout
+
+
+@pytest.mark.parametrize('content, complaint', [
+    (lambda state: {'format': 1, 'model': state, 'ema': None}, None), (lambda state: {'state_dict': state}, None),
+    (lambda state: {f'module.{key}': value for key, value in state.items()}, None),
+    (lambda state: create_model('mobilenet_v1', 10).state_dict(), 'weights of no ResNet and no MobileNetV2'),
+    (lambda state: None, 'does not exist')])
+def test_files_to_convert(tmp_path, content, complaint):
+    state = torchvision.models.resnet18().state_dict()
+    if made := content(state):
+        torch.save(made, tmp_path / 'source.pth')
+    run = subprocess.run([sys.executable, str(ROOT / 'd2' / 'convert_weights.py'), str(tmp_path / 'source.pth'),
+                          str(tmp_path / 'target.pth')], capture_output=True, text=True)
+    assert run.returncode == bool(complaint) and (complaint or '') in run.stderr and run.stderr.count('\n') <= 1
+    if not complaint:
+        made = torch.load(tmp_path / 'target.pth', weights_only=True)['model']
+        assert torch.equal(made['stem.conv1.weight'], state['conv1.weight'])
 
 
 def test_converted_weights_compute_what_torchvision_computes():
