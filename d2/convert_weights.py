@@ -24,7 +24,7 @@ RULES = [  # of a ResNet; MobileNetV2 keeps its names
     (r'downsample\.1', 'shortcut.norm'),
 ]
 NOT_USED = re.compile(r'^(fc|classifier)\.|num_batches_tracked$')
-STEMS = {'stem.conv1.weight', 'features.0.0.weight'}  # of which each backbone has one
+OWN = {'stem.conv1.weight', 'features.1.conv.0.0.weight'}  # of a ResNet, and of MobileNetV2 alone
 
 
 def renamed(key: str) -> str:
@@ -36,7 +36,7 @@ def renamed(key: str) -> str:
 def convert(state: dict) -> dict:
     """A checkpoint whose entries Detectron2 looks up by the ends of their names."""
     model = {renamed(key): value for key, value in state.items() if not NOT_USED.search(key)}
-    if not STEMS & model.keys():
+    if not OWN & model.keys():
         raise ValueError(f"weights of no ResNet and no MobileNetV2 of torchvision's: {next(iter(state))}, ...")
     return {'model': model, 'matching_heuristics': True}
 
@@ -49,7 +49,7 @@ if __name__ == '__main__':
     if args.target.suffix == '.pkl':
         parser.error(f'{args.target}: Detectron2 would unpickle it, and this is a file of torch.save: call it .pth')
     try:
-        if args.source in torchvision.models.list_models():
+        if args.source in torchvision.models.list_models(module=torchvision.models):
             state = torchvision.models.get_model_weights(args.source).IMAGENET1K_V1.get_state_dict(check_hash=True)
         else:
             state = weights_of(read(Path(args.source)), args.source)

@@ -4,9 +4,9 @@
     python d2/train_net.py --num-gpus 8 --config-file d2/configs/mgd_retinanet_R18_R50.yaml MODEL.TEACHER.WEIGHTS T.pth
     python d2/train_net.py --eval-only --config-file d2/configs/base_retinanet_R18.yaml MODEL.WEIGHTS S.pth
 """
-import pickle
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,12 +27,14 @@ from d2.config import arguments, default_config, teacher_config
 from d2.hooks import Epochs
 from d2.meta_arch import Unanswered
 from utils.checkpoint import fingerprint
+from utils.errors import line
 
 
 class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         super().__init__(rescaled(cfg, comm.get_world_size()))
-        for name in self.cfg.DATASETS.TRAIN:
+        for name in (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST):
+            DatasetCatalog.get(name)  # the categories are known when it was read
             check_classes(self.cfg, name)
         student, checkpointer = student_of(self.model), self.checkpointer
         # first what the others have to fit
@@ -120,7 +122,7 @@ def check_machine(cfg, world: int, trains: bool):
     solver = cfg.SOLVER
     if cfg.MODEL.DEVICE.startswith('cuda') and not torch.cuda.is_available():
         raise ValueError(f'MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no GPU: MODEL.DEVICE cpu')
-    if solver.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith('cuda'):
+    if trains and solver.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith('cuda'):
         raise ValueError('SOLVER.AMP.ENABLED is for GPUs')
     ranks = solver.REFERENCE_WORLD_SIZE or world  # by the first it is made fit for the second
     if trains and solver.IMS_PER_BATCH % ranks:
@@ -160,6 +162,17 @@ def stop(error: Exception):
     sys.exit(1)
 
 
+def load(checkpointer, cfg, resume: bool, resume_or_load):
+    goes_on = resume and checkpointer.has_checkpoint()
+    try:
+        resume_or_load(resume=resume)
+    except (ValueError, AssertionError, KeyError):  # which say what is wrong
+        raise
+    except Exception as error:  # there is no end to what a broken file can raise
+        file = checkpointer.get_checkpoint_file() if goes_on else f'MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}'
+        raise ValueError(f'{file} is damaged, or no checkpoint ({type(error).__name__}: {line(error)})') from error
+
+
 def main(args):
     try:
         cfg = setup(args)
@@ -173,14 +186,12 @@ def main(args):
             trained = Whole(model, save_dir=cfg.OUTPUT_DIR)
             if not (cfg.MODEL.WEIGHTS or (args.resume and trained.has_checkpoint())):
                 raise ValueError('MODEL.WEIGHTS is empty: name the weights to evaluate')
-            trained.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            load(trained, cfg, args.resume, partial(trained.resume_or_load, cfg.MODEL.WEIGHTS))
         else:
             trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
+            load(trainer.checkpointer, cfg, args.resume, trainer.resume_or_load)
     except (ValueError, OSError, yaml.YAMLError) as error:
         stop(error)
-    except pickle.UnpicklingError:
-        stop(ValueError(f'MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} is damaged, or no checkpoint'))
     except (AssertionError, KeyError) as error:  # of Detectron2, for weights and data that are not there
         if not any(words in str(error) for words in ('not found', 'registry')):
             raise

@@ -94,7 +94,7 @@ class Table:
                 fcntl.lockf(file, fcntl.LOCK_EX)
                 found = file.read(HEADER)
                 if not found.strip(b'\0'):  # new, or its maker got no further
-                    free = shutil.disk_usage(self.path.parent).free
+                    free = shutil.disk_usage(self.path.parent).free + 512 * os.fstat(file.fileno()).st_blocks
                     if free < size:  # an attempt would take all that is left
                         raise OSError(errno.ENOSPC, f'it needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free')
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash in a mapping
@@ -125,18 +125,19 @@ class TeacherCache:
         if more := fields - OUTPUTS:
             sys.exit(f"error: --cache-teacher keeps logits and pooled features, but a method reads the teacher's "
                      f'{", ".join(more)} as well: leave it out')
+        widths = {field: getattr(shown, field).shape[1] for field in sorted(fields)}
+        if (size := 2 * rows * sum(widths.values())) > memory(device):
+            sys.exit(f'error: --cache-teacher: {sum(widths.values()):,} numbers of each of {rows:,} views, '
+                     f'{" and ".join(widths)}, take {size / 1e9:.1f} GB, and there are {memory(device) / 1e9:.1f} GB')
         self.tables = {}
         data = train.resident(device).fingerprint() if args.cache_dir else None
-        for field in sorted(fields):
-            width, path = getattr(shown, field).shape[1], None
+        for field, width in widths.items():
+            path = None
             about = {'teacher': identity, 'data': data, 'normalisation': STATISTICS[args.dataset], 'field': field,
                      'type': 'float16', 'rows': rows, 'width': width, 'format': 1}
             if args.cache_dir:
                 key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
                 path = Path(args.cache_dir) / f'{identity.split()[0]}-{field}-{key}.table'
-            if 2 * rows * width > memory(device):
-                sys.exit(f'error: --cache-teacher: {field}, {width} numbers of each of {rows:,} views, take '
-                         f'{2 * rows * width / 1e9:.1f} GB, and there are {memory(device) / 1e9:.1f} GB')
             self.tables[field] = Table(rows, width, device, path, about)
         self.filled = torch.cuda.Event() if device.type == 'cuda' else None
         distributed.at_end.callback(self.save)

@@ -38,7 +38,7 @@ from .base import Distillation, evaluating, probe
 from .cache import TeacherCache
 from .flags import from_flags
 from .lean import lean_teacher
-from .networks import build_student, build_teacher, identity
+from .networks import at_chance, build_student, build_teacher, identity
 
 SCORED = {'cpu': 64, 'cuda': 256}  # images
 TOLD = 4  # unreadable images of a split
@@ -92,6 +92,7 @@ def worker(args, device):
     found, methods = Findings(), getattr(args, 'distiller', [])
     if args.seeds:  # which share one GPU
         args.gpu = device.index
+    asked = args.cuda_graph
     if problem := setup.no_graph(args, device):
         found.problems.append(problem)
         args.cuda_graph = False
@@ -105,7 +106,7 @@ def worker(args, device):
     if args.sync_bn and device.type != 'cuda':
         found.problems.append('--sync-bn needs GPUs')
 
-    run = find_run(args, device, found)
+    run = find_run(Namespace(**vars(args) | {'cuda_graph': asked}), device, found)
     train, valid, classes, real = find_data(args, one, run.seed, device, found)
     if real:
         run.facts['images'] = contents(train, valid)
@@ -136,7 +137,7 @@ def worker(args, device):
                 made.stand_in = lean_teacher(made, teacher, device, one)
             if args.teacher_stream:
                 made.teach_beside(device)
-        with found.listing('--cache-teacher: '):
+        with found.listing():
             if made and args.cache_teacher != 'off' and real:
                 if args.cache_dir:
                     check_folder('--cache-dir', Path(args.cache_dir))
@@ -171,7 +172,7 @@ def worker(args, device):
             if real:
                 chance = 1 / len(classes)
                 columns[name]['top-1'] = f'{100 * right / n:.1f} % of {n} images (chance {100 * chance:.3g} %)'
-                if origins[name] and right <= n * chance + 2 * (n * chance * (1 - chance)) ** 0.5:
+                if origins[name] and at_chance(right, n, len(classes)):
                     print(f'{name}: top-1 at the level of chance: wrong weights, images that are normalised otherwise, '
                           'another order of the classes, or a classifier that starts fresh')
     if columns:

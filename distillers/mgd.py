@@ -126,7 +126,7 @@ class Stage(nn.Module):
         super().__init__()
         self.candidates = candidates  # only the first of the teacher's channels, where the remainder is cut
         if norm == 'gn' and sc % 32:
-            raise ValueError(f'norm gn has 32 groups of channels, a stage of the student {sc} channels: leave it at bn')
+            raise ValueError(f'norm gn has 32 groups of channels, a stage of the student {sc} channels: take bn')
         self.norm = nn.BatchNorm2d(sc) if norm == 'bn' else nn.GroupNorm(32, sc)
         self.tells_margins = tells_margins(teacher_norm)
         self.register_buffer('margins', margins_of(teacher_norm) if self.tells_margins else torch.zeros(tc))

@@ -1,5 +1,6 @@
 """The networks of a run, as its flags name them. What is wrong with one ends the run in a line."""
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from models import NETWORKS, Foreign, Renormalised, blame, create_model, refuse_other_outputs
 from utils import checkpoint, distributed
+from utils.errors import line
 from utils.views import STATISTICS
 
 from . import DISTILLERS
@@ -42,6 +44,11 @@ def build(arch, classes, pretrained=False):
     except OSError as error:
         sys.exit(f'error: {arch}: its published weights cannot be downloaded: {error}. A file of them: '
                  '--student-resume, --teacher-resume')
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        if not pretrained:
+            raise
+        sys.exit(f'error: {arch}: its published weights in {torch.hub.get_dir()} (TORCH_HOME) are damaged: remove them '
+                 f'there ({line(error)})')
 
 
 def tell_namesake(arch, args):
@@ -128,8 +135,17 @@ def showing(network, arch, classes, stages, image_size):
     return network
 
 
-def doubt_teacher(score: dict, args):
-    """Say so where it scores otherwise than in the run that its weights are from, on as many images."""
+def at_chance(right: float, n: int, classes: int) -> bool:
+    """Whether so many of n guesses are no more than luck brings, up to two standard deviations."""
+    chance = 1 / classes
+    return right <= n * chance + 2 * (n * chance * (1 - chance)) ** 0.5
+
+
+def doubt_teacher(score: dict, classes: int, args):
+    """Say so where it guesses, or scores otherwise than in the run that its weights are from, on as many images."""
+    if classes > 1 and not args.dummy and at_chance(score['correct1'], score['n'], classes):
+        distributed.say(f'note: the teacher, at top-1 {score["top1"]:.2f}, guesses: wrong weights, images that are '
+                        'normalised otherwise, or other classes or another order of them')
     file = Path(args.teacher_resume or '')
     try:
         known = json.loads((file.parent / 'result.json').read_text())[file.stem]  # best.pth, last.pth

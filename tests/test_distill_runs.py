@@ -1,6 +1,7 @@
 """main_distill.py from beginning to end."""
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import QUICK, ROOT, assert_same, at_call, script, start, torchrun_command
 
 from distillers import Distillation
+from distillers.networks import doubt_teacher
 from models import create_model
 from utils import distributed, signals
 from utils.data import TrainData
@@ -164,6 +166,14 @@ def test_a_teacher_that_scores_otherwise_than_in_its_own_run_is_doubted(distill,
         told.write_text(json.dumps({'best': {'correct1': right, 'n': 15}}))
         run = distill(*flags(images, weights, tmp_path / f'o{right}', '--distiller', 'kd', '--epochs', 1))
         assert run.code == 0 and (f'and 93.33 in {tmp_path}: other images' in run.out) == doubted
+
+
+@pytest.mark.parametrize('right, classes, more, doubted', [
+    (50, 10, {}, False), (12, 10, {}, True), (100, 1, {}, False), (12, 10, {'dummy': True}, False)])
+def test_a_teacher_that_guesses_is_doubted(capsys, right, classes, more, doubted):
+    args = Namespace(**{'dummy': False, 'teacher_resume': None, 'amp': 'off'} | more)
+    doubt_teacher({'correct1': right, 'n': 100, 'top1': float(right)}, classes, args)
+    assert ('guesses: wrong weights' in capsys.readouterr().out) == doubted
 
 
 def test_evaluation_scores_both(distill, images, teacher, tmp_path):

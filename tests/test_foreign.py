@@ -582,6 +582,11 @@ def test_classes_in_another_order_are_refused(tmp_path, capsys):
         checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'cat', 'bee'])
     with pytest.raises(SystemExit, match='output 3 is None there and dog here'):
         checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=['ant', 'bee', 'cat', 'dog'])
+    # names that nobody gave: outputs beyond the classes, in a file that was exported; images that are made up
+    for known, here in ((['ant', 'bee', 'output 2'], ['ant', 'bee']), (['ant'], ['output 0', 'output 1']),
+                        ([f'output {i}' for i in range(3)], ['ant', 'bee'])):
+        torch.save(content | {'classes': known}, tmp_path / 'c.pth')
+        checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=here)
 
 
 def test_bare_weights_of_a_run_know_their_classes(base, images, tmp_path):

@@ -266,6 +266,15 @@ def test_average_of_the_statistics():
     assert ema.module.num_batches_tracked == 9 and ema.n_averaged == 3  # a count is nothing to average
 
 
+def test_a_mask_is_nothing_to_average():
+    model = nn.Linear(2, 2)
+    model.register_buffer('mask', torch.tensor([0.0, -math.inf]))
+    ema = make_ema(model, arguments('--ema', '0.9'))
+    for _ in range(3):
+        ema.update_parameters(model)
+    assert torch.equal(ema.module.mask, model.mask)
+
+
 def test_on_a_terminal_a_message_takes_the_place_of_the_line_that_is_rewritten(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True

@@ -47,11 +47,12 @@ def folder(tmp_path):
 def prepared(folder, monkeypatch, capfd):
     def run(form='jpeg', target='dst', size=32):
         target = folder.parent / target
-        monkeypatch.setattr(sys, 'argv', ['prepare.py', str(folder), str(target), '--format', form, '--size', str(size),
-                                          '--workers', '2'])
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', str(run.source), str(target), '--format', form, '--size',
+                                          str(size), '--workers', '2', '--max-bad-images', str(run.bad)])
         prepare.main()
         run.err = capfd.readouterr().err
         return target
+    run.source, run.bad = folder, 2
     return run
 
 
@@ -103,11 +104,58 @@ def test_another_call_goes_on(prepared, folder, form):
         prepared(form, size=30)
 
 
+@pytest.mark.parametrize('form', ['jpeg', 'raw'])
+def test_what_was_replaced_is_taken_anew(prepared, folder, form):
+    """Also where the source lies elsewhere by now."""
+    target, image = prepared(form), folder / 'train' / 'ant' / '0.jpg'
+    Image.new('RGB', (48, 40), (250, 0, 0)).save(image)
+    os.utime(image, (later := time.time() + 1, later))
+    prepared.source = folder.rename(folder.with_name('elsewhere'))
+    source = load_source(arguments(prepared(form)), train=True)
+    red, green, blue = source.load(0)[0].float().mean((1, 2)).tolist()
+    assert red > 240 and green < 10 and blue < 10
+    assert json.loads((target / 'manifest.json').read_text())['source'] == str(prepared.source)
+
+
+def test_a_class_that_is_there_no_more_is_not_kept(prepared, folder):
+    target = prepared()
+    for split in ('train', 'val'):
+        (folder / split / 'bee').rename(folder / split / 'bumblebee')
+    with pytest.raises(SystemExit, match='holds a class bee, which is not there any more'):
+        prepared()
+    assert not json.loads((target / 'manifest.json').read_text())['complete']
+
+
+@pytest.mark.parametrize('form', ['jpeg', 'raw'])
+def test_training_images_that_are_lost_are_few(prepared, folder, form):
+    prepared.bad = 1
+    with pytest.raises(SystemExit, match='2 training images cannot be read, more than --max-bad-images 1 allows'):
+        prepared(form)
+    with pytest.raises(SystemExit, match='not complete'):
+        load_source(arguments(folder.parent / 'dst'), train=True)
+
+
+def test_a_disk_that_fails_is_no_broken_image():
+    assert prepare.blame(OSError('image file is truncated')) == 'image file is truncated'
+    for error in OSError(5, 'Input/output error'), PermissionError(13, 'Permission denied'):
+        with pytest.raises(OSError, match=error.strerror):
+            prepare.blame(error)
+
+
+def test_a_copy_that_is_too_small_for_an_evaluation_is_told_of(prepared, capfd):
+    target = prepared(size=32)
+    load_source(arguments(target), train=False)
+    assert 'prepared with' not in capfd.readouterr().out
+    load_source(conftest.arguments(target, '--image-size', 32), train=False)
+    assert 'was prepared with --size 32, and an evaluation at 32 takes 37' in capfd.readouterr().out
+
+
 def test_killed_and_started_again(folder):
     for number in range(300):
         os.link(folder / 'train' / 'ant' / '0.jpg', folder / 'train' / 'ant' / f'more{number}.jpg')
     target = folder.parent / 'dst'
-    command = [sys.executable, ROOT / 'scripts' / 'prepare.py', folder, target, '--size', 36, '--workers', 1]
+    command = [sys.executable, ROOT / 'scripts' / 'prepare.py', folder, target, '--size', 36, '--workers', 1,
+               '--max-bad-images', 2]
     process = start(*command)
     while process.poll() is None and len(list(target.rglob('*.jpg'))) < 5:
         time.sleep(0.01)

@@ -103,6 +103,12 @@ def test_imagenet_student_alone(asked):
     assert rates(args) == pytest.approx([0.1 * 0.1 ** (epoch // 30) for epoch in range(100)])
 
 
+def test_several_nodes_share_the_batch(asked, tmp_path):
+    """Each has --batch-size images, and something else starts the script there."""
+    launch, _, args = asked('imagenet.sh', 'kd', '/imagenet', NODES=2, LAUNCH=f'{tmp_path}/torchrun --nnodes 2')
+    assert launch == ['torchrun', '--nnodes', '2'] and args.batch_size == 256 and args.lr == 0.2
+
+
 @pytest.mark.parametrize('method', ['mgd', 'mgd_kd'])
 def test_imagenet_distilled(asked, method):
     _, script, args = asked('imagenet.sh', method, '/imagenet')

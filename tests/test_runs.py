@@ -18,6 +18,7 @@ from conftest import ROOT, arguments, assert_close, assert_same, at_call, write_
 
 import main_base
 from models import create_model
+from models.features import Unfit
 from utils import checkpoint, distributed, engine, errors, folder, signals
 from utils.data import Images
 from utils.engine import Supervised
@@ -103,6 +104,9 @@ def test_the_best_weights_are_those_of_the_best_epoch_that_is_known(tmp_path, ca
         assert folder.bring_best(tmp_path, target, best) == kept
         assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
         assert (target / 'best.pth').exists()  # once brought, it stays
+        older = folder.bring_best(tmp_path, tmp_path, {'epoch': 1})  # of a run that did not note it
+        assert older == (None if content in ([1], None) else {'epoch': 1})
+        capsys.readouterr()
     assert_close(torch.load(target / 'best.pth'), weights)
 
 
@@ -139,7 +143,7 @@ def test_what_was_changed_on_the_way_is_told_by_the_result(base, images, tmp_pat
     for flags, name in ((['--optimizer', 'adamw'], 'optimizer'), (['--ema', 0.9], 'ema'),
                         (['--no-bias-decay'], 'no-bias-decay')):
         refused = base(images, *resume, tmp_path / 'c', *flags)
-        assert refused.code == 1 and f'goes on with the --{name} that it has' in refused.err, refused.err
+        assert refused.code == 1 and f'has another --{name}, which a run keeps' in refused.err, refused.err
         assert refused.err.count('\n') == 1 and not (tmp_path / 'c').exists()
 
 
@@ -345,6 +349,7 @@ def test_a_signal_during_the_evaluation_loses_no_training(base, images, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(main_base, 'evaluate', lambda *a: signals._note(15) or genuine(*a))
         assert base(*flags).code == signals.EXIT_INTERRUPTED
+        assert ' without --overwrite goes on from epoch' in base(*flags, '--overwrite').err
     assert json.loads((tmp_path / 'interrupted').read_text()) == {'signal': 15, 'epoch': 0, 'sample': 39}
     assert base(*flags).log()[0]['train']['top1'] > 0
 
@@ -459,6 +464,18 @@ def test_more_memory_than_there_is_and_a_master_that_is_not(base, images, tmp_pa
     assert run.code == 1 and 'Traceback' not in run.err and run.err.splitlines()[-1].startswith(f'error: {says}')
 
 
+def test_words_for_what_others_bury():
+    """In the last line of a replica, behind NCCL's own numbers, in a loader process."""
+    args = argparse.Namespace(dist_timeout=60)
+    buried = 'Caught Unfit in replica 0 on device 0.\nOriginal Traceback\nmodels.features.Unfit: it returns a tuple'
+    for text in 'it returns a tuple', buried:
+        assert errors.in_words(Unfit(text), 0, args) == 'it returns a tuple'
+    nccl = RuntimeError('NCCL error in: NCCLUtils.cpp:77, unhandled system error\nLast error:\nno space on\n/dev/shm')
+    assert 'unhandled system error: no space on /dev/shm' in errors.in_words(nccl, 0, args)
+    loader = RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)')
+    assert errors.in_words(loader, 0, args).startswith('/dev/shm, where loader processes put')
+
+
 def test_an_error_without_words_keeps_its_traceback():
     for error in (ValueError(), RuntimeError(), ValueError('Connection of layers')):
         assert errors.in_words(error, 0, None) == ''
@@ -526,6 +543,13 @@ def test_published_weights_are_asked_for_by_a_run_that_begins(base, images, tmp_
         assert base(*run, '--pretrained').code == 0
     fresh = base(*flags[:3], '--pretrained', '--epochs', 1)
     assert fresh.code == 1 and 'cannot be downloaded: no network' in fresh.err
+
+    def torn(*args, **kwargs):
+        raise RuntimeError('PytorchStreamReader failed\nmore of it')
+    monkeypatch.setattr(torchvision.models.WeightsEnum, 'get_state_dict', torn)
+    damaged = base(*flags[:3], '--pretrained', '--epochs', 1)
+    assert damaged.code == 1 and '(TORCH_HOME) are damaged: remove them there (Pyt' in damaged.err
+    assert damaged.err.count('\n') == 1
 
 
 def test_another_precision_may_take_a_run_up(base, images, tmp_path):

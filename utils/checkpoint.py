@@ -225,10 +225,11 @@ def load_weights(network: nn.Module, path, named: str = 'the network', classes: 
 
 def refuse_other_classes(content, path: Path, classes: list[str] | None):
     theirs = classes_of(content, path)
-    if classes and theirs and theirs != list(classes):
-        number, pair = next((i, pair) for i, pair in enumerate(zip_longest(theirs, classes)) if pair[0] != pair[1])
-        sys.exit(f'error: the classes of {path} are not those of the data: output {number} is {pair[0]} there and '
-                 f'{pair[1]} here. If they have only been renamed, name a copy of best.pth or last.pth elsewhere')
+    for i, pair in enumerate(zip_longest(theirs, classes) if theirs and classes else ()):
+        if pair[0] != pair[1] and f'output {i}' not in pair:  # which stands for a name that nobody gave
+            sys.exit(f'error: the classes of {path} are not those of the data: output {i} is {pair[0]} there and '
+                     f'{pair[1]} here. Where only their names are others, or the outputs are of no matter, name a copy '
+                     'of best.pth or last.pth elsewhere')
 
 
 def classes_of(content, path: Path) -> list[str] | None:
@@ -237,7 +238,7 @@ def classes_of(content, path: Path) -> list[str] | None:
         return content['classes']
     try:
         with np.load(path.with_name('predictions.npz')) as arrays:
-            return arrays['classes'].tolist() if path.name in ('best.pth', 'last.pth', 'teacher.pth') else None
+            return arrays['classes'].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # not there, or damaged
         return None
 

@@ -188,9 +188,11 @@ class TrainData:
         """BatchNorm takes no statistics from a map of one pixel of one image; an epoch would end in that."""
         left = self.order.length % self.order.batch or self.order.batch
         state, device = copy.deepcopy(task.state_dict()), next(task.parameters()).device
-        part = -(-left // distributed.replicas(device, args))  # DataParallel's all have as many, but for the last one
-        fewest = left // self.order.world if self.order.world > 1 else left % part or part
-        if fewest >= 2 or args.sync_bn:
+        shares = []
+        for n in left, self.order.batch:
+            part = -(-n // distributed.replicas(device, args))  # DataParallel's all have as many, but for the last one
+            shares.append(n // self.order.world if self.order.world > 1 else n % part or part)
+        if min(shares) >= 2 or args.sync_bn:
             return
         image = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
         number = torch.tensor([0], device=device)

@@ -144,7 +144,7 @@ def in_lines(rank: int, args):
     except (RuntimeError, ValueError) as error:
         if args.compile and signals.caught() and of_compiler(error):  # it was sent to the compilers, too
             write_line('stopped by a signal while it compiled; the same command goes on', sys.stderr)
-            if args.output:
+            if args.output and not (args.evaluate or args.inspect):
                 with suppress(OSError):  # the marker that tells a scheduler to start it again
                     Path(args.output, 'interrupted').write_text(f'{{"signal": {signals.caught()}}}\n')
             sys.exit(signals.EXIT_INTERRUPTED)

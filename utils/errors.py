@@ -14,13 +14,16 @@ def line(error: Exception) -> str:
 def in_words(error: Exception, rank: int, args) -> str:
     """An error of the device or of another rank, for the user; nothing of one whose traceback is needed."""
     text = line(error)
-    if isinstance(error, Unfit):
-        return text
+    if isinstance(error, Unfit):  # in DataParallel it has become the last line of a replica's
+        return str(error).splitlines()[-1].rpartition('Unfit: ')[2]
     if isinstance(error, torch.OutOfMemoryError):
         return (f'rank {rank}: {". ".join(text.split(". ")[:2])}: take a smaller -b (with --accum-steps, if the global '
                 'batch is to stay), or --amp bf16; --inspect measures beforehand')
     if 'not one image can be read' in str(error):  # told by a loader process, it is the last line
         return str(error).splitlines()[-1].removeprefix('RuntimeError: ')
+    if 'shared memory(shm)' in str(error):
+        return ('/dev/shm, where loader processes put their batches, is too small: more of it (in docker --shm-size or '
+                '--ipc=host), or fewer of them by -j')
     if 'DefaultCPUAllocator' in text:
         return f'rank {rank}: not enough memory: {text.rpartition("memory: ")[2]}'
     if text.startswith('DataLoader timed out'):
@@ -37,8 +40,9 @@ def in_words(error: Exception, rank: int, args) -> str:
         return f'--deterministic: {text.partition(",")[0]}'
     words = ('gloo', 'Application timeout', 'Connection', 'client socket', 'NCCL')
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        cause = ' '.join(str(error).partition('Last error:')[2].split())  # NCCL's
         return (f'rank {rank} waits no longer for the others: one hangs (--dist-timeout is {args.dist_timeout:g} '
-                f'seconds), was killed, or has told its own error. {text}'
+                f'seconds), was killed, or has told its own error. {text}' + f': {cause}' * bool(cause)
                 + '. Nodes meet by the interface that GLOO_SOCKET_IFNAME names' * ('connectFullMesh' in str(error)))
     return ''
 

@@ -107,8 +107,9 @@ def bring_best(source: Path, target: Path, best: dict) -> dict | None:
     They are gone where a later epoch has left better ones, but was killed before its checkpoint.
     """
     weights = source / 'best.pth'
-    with suppress(ValueError, KeyError, AttributeError):
-        if checkpoint.fingerprint(checkpoint.read(weights)) == best['weights']:
+    with suppress(ValueError, AttributeError):
+        found = checkpoint.fingerprint(checkpoint.read(weights))
+        if found == best.get('weights', found):  # older runs did not tell
             if source.resolve() != target.resolve():
                 checkpoint.write(target / 'best.pth', weights.read_bytes())
             return best

@@ -65,16 +65,19 @@ class Average(torch.optim.swa_utils.AveragedModel):
     def __init__(self, student: nn.Module, decay: float):
         super().__init__(student)
         self.decay = decay
+        # a mask of -inf, averaged, is no number
+        self.moves = [True for _ in self.module.parameters()] + [
+            name.endswith(('running_mean', 'running_var')) for name, _ in self.module.named_buffers()]
 
     @torch.no_grad()
     def update_parameters(self, student: nn.Module):
         pairs = [*zip(self.module.parameters(), student.parameters()),
                  *zip(self.module.buffers(), student.buffers())]
-        averaged = [pair for pair in pairs if self.n_averaged and pair[0].is_floating_point()]
+        averaged = [pair for pair, moves in zip(pairs, self.moves) if self.n_averaged and moves]
         if averaged:
             torch._foreach_lerp_(*map(list, zip(*averaged)), 1 - self.decay)
-        for old, new in pairs:
-            if not (self.n_averaged and old.is_floating_point()):
+        for (old, new), moves in zip(pairs, self.moves):
+            if not (self.n_averaged and moves):
                 old.copy_(new)
         self.n_averaged += 1
 

@@ -71,16 +71,18 @@ class Run:
         if checkpoint.is_checkpoint(saved):
             differences = differing(saved['arguments'], args)
             if differences and not args.evaluate:
+                before, now = (kept(arguments) for arguments in (saved['arguments'], vars(args)))
+                other = [name for name in now if now[name] != before[name]]
                 if own:
                     script = Path(sys.argv[0]).name
-                    other = f'of another script than {script}' if ('distiller' in saved['arguments']) != hasattr(
+                    what = f'of another script than {script}' if ('distiller' in saved['arguments']) != hasattr(
                         args, 'distiller') else f'with other arguments: {differences}'
-                    sys.exit(f'error: {path} holds a run {other}; choose another --output (with --resume '
-                             f'{origin}, to go on from there), or --overwrite to start anew')
-                before, now = (kept(arguments) for arguments in (saved['arguments'], vars(args)))
-                if other := [name for name in now if now[name] != before[name]]:
-                    sys.exit(f'error: --resume: {origin} goes on with the --{other[0]} that it has, and others at its '
-                             'side: --student-resume, with the last.pth beside it, starts from the weights alone')
+                    sys.exit(f'error: {path} holds a run {what}; choose another --output'
+                             + f' (with --resume {origin}, to go on from there)' * (not other)
+                             + ', or --overwrite to start anew')
+                if other:
+                    sys.exit(f'error: --resume: {origin} has another --{other[0]}, which a run keeps: '
+                             '--student-resume, with the last.pth beside it, starts from the weights alone')
                 saved['progress'].setdefault('changed', []).append(f'epoch {saved["progress"]["epoch"]}: {differences}')
                 print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
             if saved['arguments']['arch'] != args.arch:
@@ -325,7 +327,8 @@ class Run:
         self.note('interrupted', {'signal': signals.caught(), 'epoch': self.progress['epoch'],
                                   'sample': self.progress['sample']})
         if distributed.is_main():
-            where = '' if self.args.output else f' with --output {self.folder}'
+            where = ('' if self.args.output else f' with --output {self.folder}') + (
+                ' without --overwrite' * self.args.overwrite)
             print(f'\nstopped by a signal; the same command{where} goes on from epoch {self.progress["epoch"]}, sample '
                   f'{self.progress["sample"]}', file=sys.stderr, flush=True)
         sys.exit(signals.EXIT_INTERRUPTED)
@@ -369,7 +372,8 @@ def scalars(record: dict):
 def git_revision() -> str | None:
     """The commit that this process began at, with a + where the code is not that commit's."""
     def git(*command):
-        return subprocess.run(['git', '-C', str(Path(__file__).parent), *command], capture_output=True, text=True)
+        return subprocess.run(['git', '-c', 'safe.directory=*', '-C', str(Path(__file__).parent), *command],
+                              capture_output=True, text=True)
     try:
         revision = git('rev-parse', 'HEAD')
         changed = git('status', '--porcelain', '--untracked-files=no').stdout.strip()

@@ -170,7 +170,7 @@ class Dummy:
     """Noise with labels, each a function of the index."""
 
     def __init__(self, length: int, classes: int, size: int, by_pil=True):
-        self.size, self.by_pil, self.classes = size, by_pil, [str(c) for c in range(classes)]
+        self.size, self.by_pil, self.classes = size, by_pil, [f'output {c}' for c in range(classes)]
         self.targets = [index % classes for index in range(length)]
         self.name = 'dummy image {}'.format
 
@@ -220,6 +220,9 @@ def load_source(args, train: bool):
         return Cifar(args.dataset, args.data, train)
     root = find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val')
     made = manifest(args.data)
+    if not train and made and made['size'] < (wanted := round(args.image_size * 256 / 224)):
+        distributed.say(f'note: {args.data} was prepared with --size {made["size"]}, and an evaluation at '
+                        f'{args.image_size} takes {wanted}: images are enlarged, and score otherwise')
     if made.get('format') == 'raw':
         return Shards(root, list(made['images'][root.name]), by_pil)
     return Folder(root, by_pil)
