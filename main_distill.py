@@ -183,7 +183,8 @@ def worker(args, device):
     if not (args.skip_first_evaluation or run.resumed):
         scores = evaluate(both, valid, prepare, device, args)
         run.report(scores, 'start.json')
-        doubt_teacher(scores['teacher'], len(classes), args)
+        if args.teacher_resume or not learns:
+            doubt_teacher(scores['teacher'], len(classes), args)
         run.progress['teacher'] = scores['teacher']
 
     if args.cache_teacher == 'full' and run.progress['epoch'] < total_epochs(args) and not cache.fill():

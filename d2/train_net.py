@@ -4,6 +4,7 @@
     python d2/train_net.py --num-gpus 8 --config-file d2/configs/mgd_retinanet_R18_R50.yaml MODEL.TEACHER.WEIGHTS T.pth
     python d2/train_net.py --eval-only --config-file d2/configs/base_retinanet_R18.yaml MODEL.WEIGHTS S.pth
 """
+import errno
 import sys
 import time
 from functools import partial
@@ -34,7 +35,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg):
         super().__init__(rescaled(cfg, comm.get_world_size()))
         for name in (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST):
-            DatasetCatalog.get(name)  # the categories are known when it was read
+            if MetadataCatalog.get(name).get('thing_classes') is None:
+                DatasetCatalog.get(name)  # which tells them
             check_classes(self.cfg, name)
         student, checkpointer = student_of(self.model), self.checkpointer
         # first what the others have to fit
@@ -166,9 +168,11 @@ def load(checkpointer, cfg, resume: bool, resume_or_load):
     goes_on = resume and checkpointer.has_checkpoint()
     try:
         resume_or_load(resume=resume)
-    except (ValueError, AssertionError, KeyError):  # which say what is wrong
+    except (ValueError, AssertionError, KeyError, torch.OutOfMemoryError):  # which say what is wrong
         raise
     except Exception as error:  # there is no end to what a broken file can raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # but that of a disk or of a network
+            raise
         file = checkpointer.get_checkpoint_file() if goes_on else f'MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}'
         raise ValueError(f'{file} is damaged, or no checkpoint ({type(error).__name__}: {line(error)})') from error
 

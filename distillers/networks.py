@@ -41,14 +41,11 @@ def build(arch, classes, pretrained=False):
         return create_model(arch, classes, pretrained)
     except ValueError as error:
         sys.exit(f'error: {arch}: {error}')
-    except OSError as error:
-        sys.exit(f'error: {arch}: its published weights cannot be downloaded: {error}. A file of them: '
-                 '--student-resume, --teacher-resume')
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if not pretrained:
             raise
-        sys.exit(f'error: {arch}: its published weights in {torch.hub.get_dir()} (TORCH_HOME) are damaged: remove them '
-                 f'there ({line(error)})')
+        sys.exit(f'error: {arch}: its published weights cannot be had: {line(error)}. Remove a damaged file of them in '
+                 f'{torch.hub.get_dir()} (TORCH_HOME), or name another: --student-resume, --teacher-resume')
 
 
 def tell_namesake(arch, args):
@@ -138,12 +135,13 @@ def showing(network, arch, classes, stages, image_size):
 def at_chance(right: float, n: int, classes: int) -> bool:
     """Whether so many of n guesses are no more than luck brings, up to two standard deviations."""
     chance = 1 / classes
-    return right <= n * chance + 2 * (n * chance * (1 - chance)) ** 0.5
+    return right < n and right <= n * chance + 2 * (n * chance * (1 - chance)) ** 0.5
 
 
 def doubt_teacher(score: dict, classes: int, args):
     """Say so where it guesses, or scores otherwise than in the run that its weights are from, on as many images."""
-    if classes > 1 and not args.dummy and at_chance(score['correct1'], score['n'], classes):
+    trained = args.teacher_resume or not starts_fresh(args.teacher_arch, args.num_classes or classes)
+    if trained and not args.dummy and classes > 1 and at_chance(score['correct1'], score['n'], classes):
         distributed.say(f'note: the teacher, at top-1 {score["top1"]:.2f}, guesses: wrong weights, images that are '
                         'normalised otherwise, or other classes or another order of them')
     file = Path(args.teacher_resume or '')

@@ -59,4 +59,4 @@ fi
 launch=python
 ((${GPUS:-1} > 1)) && launch="torchrun --standalone --nproc-per-node $GPUS"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # else torchrun kills what saves after a signal, 30 seconds later
-exec ${LAUNCH:-$launch} "$(dirname "$0")/../$script" "$data" "${recipe[@]}" "$@"
+exec $launch "$(dirname "$0")/../$script" "$data" "${recipe[@]}" "$@"

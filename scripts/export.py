@@ -133,7 +133,7 @@ def find(path: Path):
         record = {'arguments': noted.get('args'), 'start': noted.get('start', {}), **noted.get('result', {})}
         if checkpoint.is_checkpoint(content):
             record |= {key: content[key] for key in ('arguments', 'seed')} | content['progress'] | content['facts']
-        if known := checkpoint.classes_of(content, path):
+        if known := checkpoint.classes_of(content, path) or checkpoint.classes_of(None, path.with_name('best.pth')):
             record['classes'] = known
         if not {'arch', 'dataset', 'data', 'dummy', 'image_size', 'num_classes'} <= record['arguments'].keys():
             raise KeyError

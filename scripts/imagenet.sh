@@ -4,7 +4,7 @@
 #     GPUS=8 scripts/imagenet.sh METHOD DIR [FLAGS]                        MGD's pair; 8 processes share the batch
 #     GPUS=8 scripts/imagenet.sh resnet34-resnet18 METHOD DIR [FLAGS]      another one, TEACHER-STUDENT
 #     SEED=1 RUNS=/tmp/runs scripts/imagenet.sh METHOD DIR                 another seed than 0, folders elsewhere
-#     LAUNCH='sbatch --nodes=2 scripts/slurm.sh' NODES=2 scripts/imagenet.sh METHOD DIR    under Slurm
+#     LAUNCH='sbatch --nodes=2 scripts/slurm.sh' NODES=2 scripts/imagenet.sh METHOD DIR    what starts it, on how many
 #     scripts/imagenet.sh METHOD --dummy --epochs 1 --warmup 0             a check without images
 #
 #     METHOD              epochs  batch  rate    by whose code, if not its own
@@ -21,7 +21,8 @@
 #     mrkd                   100    512  0.2
 #     expkd                  100    512  0.2     of ResNet-18; 150, 256, 0.2 of MobileNetV1
 #
-# FLAGS come last and win over the recipe. Batch and learning rate are those of all GPUs together. BatchNorm, and the
+# FLAGS come last and win over the recipe. Batch and learning rate are those of all GPUs together, but a --batch-size
+# among FLAGS is that of a node. BatchNorm, and the
 # relations of DIST and MRKD, see the images of one GPU: of 8 for mdistiller and DIST, of 4 for ReviewKD. Runs go to
 # runs/imagenet/METHOD-TEACHER-STUDENT-SEED, without a teacher to base-NETWORK-SEED. scripts/published.json has the
 # numbers. Where a method has values for some pairs but not for this one, a note says so and the default is taken.
@@ -100,9 +101,9 @@ esac
 [[ $method == base ]] || recipe+=(--teacher-arch "${pair%%-*}")
 [[ $data == --dummy ]] || recipe+=(--seed "${SEED:-0}" --output "${RUNS:-runs}/imagenet/$name-${SEED:-0}")
 
-if ((${NODES:-1} > 1)); then  # each of them has --batch-size images
+if [[ ${LAUNCH-} ]]; then  # each node has --batch-size images
     for i in "${!recipe[@]}"; do
-        [[ ${recipe[i]} != --batch-size ]] || recipe[i + 1]=$((recipe[i + 1] / NODES))
+        [[ ${recipe[i]} != --batch-size ]] || recipe[i + 1]=$((recipe[i + 1] / ${NODES:?LAUNCH starts how many}))
     done
 fi
 launch=python

@@ -4,7 +4,7 @@
     python scripts/prepare.py /cub /cub256 --format raw                           pixels, 3 bytes each
 
 The main scripts read the copy as any folder. What is in it already is passed over, so the same command goes on with
-what was interrupted, and takes what has been replaced since anew. Training images that cannot be read are named in
+what was interrupted, and takes what has another time by now anew. Training images that cannot be read are named in
 manifest.json and left out, up to a thousandth of all; more, one to evaluate, or a class without any that can, is an
 error, and the copy is not used until it is mended. Smaller images stay as they are.
 Of --size 256 the pixels are those of an evaluation at 224: with --format raw it scores the same to the digit.
@@ -30,6 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import checkpoint, signals
+from utils.data import bad_allowed
 from utils.sources import Folder, images_in, read
 
 SHARD = 256  # images, some 70 MB
@@ -52,13 +53,15 @@ def shrunk(path: str, size: int) -> Image.Image:
 def store_jpeg(job: tuple, size: int, quality: int) -> dict:
     """Of one image: {'images': how many are there, 'unreadable': {path: why}}."""
     path, target = job
-    if not whole(target) or target.stat().st_mtime < os.stat(path).st_mtime:
+    image_time = os.stat(path).st_mtime
+    if not (whole(target) and same_time(target.stat().st_mtime, image_time)):
         try:
             image = shrunk(path, size)
             with Image.open(path) as original:
                 as_it_is = original.format == 'JPEG' and original.size == image.size and whole(Path(path))
         except Exception as error:  # whatever a decoder makes of a broken file
-            return {'images': 0, 'unreadable': {path: blame(error)}}
+            target.unlink(missing_ok=True)  # of an image that was whole before
+            return {'images': 0, 'unreadable': {path: of_the_image(error)}}
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_name(f'{zlib.crc32(target.name.encode()):08x}.tmp')  # no name can be too long for it
         if as_it_is:
@@ -67,12 +70,18 @@ def store_jpeg(job: tuple, size: int, quality: int) -> dict:
             save(image, new, quality, path)
         if read(new).size != image.size:
             raise Damaged(f'{new} does not read as it was written')
+        os.utime(new, (image_time, image_time))  # by which another call knows the image that it is of
         new.rename(target)
     return {'images': 1, 'unreadable': {}}
 
 
-def blame(error: Exception) -> str:
-    """What is wrong with a file; a disk, or rights, that fail are nothing that an image could be left out for."""
+def same_time(one: float, other: float) -> bool:
+    """Some file systems know the time to two seconds."""
+    return abs(one - other) <= 2
+
+
+def of_the_image(error: Exception) -> str:
+    """What is wrong with an image; a disk, or rights, that fail are nothing that it could be left out for."""
     if isinstance(error, OSError) and error.errno:
         raise error
     return str(error)
@@ -101,8 +110,8 @@ def save(image: Image.Image, new: Path, quality: int, source: str):
 def store_shard(job: tuple, size: int) -> dict:
     """Of some images: their pixels in a row in one file, then names, classes, heights and widths in another."""
     samples, target = job
-    index = target.with_suffix('.json')
-    if not finished(target, index) or index.stat().st_mtime < max(os.stat(path).st_mtime for path, *_ in samples):
+    index, times = target.with_suffix('.json'), [os.stat(path).st_mtime for path, *_ in samples]
+    if not finished(target, index, times):
         target.parent.mkdir(parents=True, exist_ok=True)
         new, images, unreadable, check = target.with_suffix('.tmp'), [], {}, 0
         with open(new, 'wb') as file:
@@ -110,7 +119,7 @@ def store_shard(job: tuple, size: int) -> dict:
                 try:
                     pixels = np.asarray(shrunk(path, size))
                 except Exception as error:
-                    unreadable[path] = blame(error)
+                    unreadable[path] = of_the_image(error)
                     continue
                 check = zlib.crc32(pixels.tobytes(), check)
                 file.write(pixels.tobytes())
@@ -118,21 +127,22 @@ def store_shard(job: tuple, size: int) -> dict:
         if zlib.crc32(new.read_bytes()) != check:
             raise Damaged(f'{new} does not read as it was written')
         new.rename(target)
-        write_json(index, {'images': images, 'unreadable': unreadable})
+        write_json(index, {'images': images, 'unreadable': unreadable, 'times': times})
     found = json.loads(index.read_text())
     if [name for name, *_ in found['images']] != [name for path, name, _ in samples if path not in found['unreadable']]:
         raise Damaged(f'{index} has other images than there are now: remove the folder')
     return {'images': len(found['images']), 'unreadable': found['unreadable']}
 
 
-def finished(target: Path, index: Path) -> bool:
-    """Whether a shard is whole; what could not be read may have been mended since."""
+def finished(target: Path, index: Path, times: list[float]) -> bool:
+    """Whether a shard is whole, and of these images; what could not be read may have been mended since."""
     if not index.exists() or not target.exists():
         return False
     try:
         found = json.loads(index.read_text())
         pixels = sum(3 * height * width for *_, height, width in found['images'])
-        return target.stat().st_size == pixels and not found['unreadable']
+        return target.stat().st_size == pixels and not found['unreadable'] and (
+            len(found['times']) == len(times) and all(map(same_time, found['times'], times)))
     except (ValueError, KeyError, TypeError):  # torn
         return False
 
@@ -184,7 +194,8 @@ def stored(target: Path, classes: list[str], raw: bool) -> dict[str, int]:
         names = [Path(path).relative_to(target) for path in (images_in(target) if target.is_dir() else ())]
     found = Counter(name.parts[0] for name in names)
     if others := sorted(found.keys() - {*classes}):
-        sys.exit(f'error: {target} holds a class {others[0]}, which is not there any more: remove {target / others[0]}')
+        sys.exit(f'error: {target} holds a class {others[0]}, which is not there any more: remove '
+                 f'{target if raw else target / others[0]}')
     return {name: found[name] for name in classes}
 
 
@@ -200,8 +211,8 @@ def main():
                         help='unreadable training images to leave out (a thousandth of all)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes (one per core)')
     args = parser.parse_args()
-    if args.size < 1 or args.workers < 1 or not 1 <= args.quality <= 100:
-        parser.error('--size and --workers must be at least 1, --quality 1 to 100')
+    if args.size < 1 or args.workers < 1 or not 1 <= args.quality <= 100 or (args.max_bad_images or 0) < 0:
+        parser.error('--size and --workers must be at least 1, --max-bad-images 0, --quality 1 to 100')
     splits = [name for name in ('train', 'valid', 'val') if (args.source / name).is_dir()]
     if not splits:
         sys.exit(f'error: {args.source} has no train/, valid/ or val/')
@@ -257,7 +268,7 @@ def convert(args, made: dict, jobs: dict, raw: bool):
     total = sum(sum(of_split.values()) for of_split in counts.values())
     unscored = [path for path in unreadable if Path(path).relative_to(args.source).parts[0] != 'train']
     left_out, train = len(unreadable) - len(unscored), sum(counts.get('train', {}).values())
-    allowed = max((train + left_out) // 1000, 1) if args.max_bad_images is None else args.max_bad_images
+    allowed = bad_allowed(args, train + left_out)
     problem = next((f'not one image of {args.source / split / name} can be read' for split, of_split in counts.items()
                     for name, number in of_split.items() if not number), '')
     if unscored and not problem:

@@ -666,6 +666,19 @@ def test_an_evaluation_is_of_the_weights_that_are_named(teachers, coco, tmp_path
         assert 'bbox' in train_net.main(args)
 
 
+def test_categories_of_the_test_are_compared_before_the_training(teachers, coco, tmp_path):
+    told = json.loads((coco / 'toy_val.json').read_text())
+    told['categories'].append({'id': 9, 'name': 'super'})
+    (coco / 'more.json').write_text(json.dumps(told))
+    register_coco_instances('toy_more', {}, str(coco / 'more.json'), str(coco / 'toy_val'))
+    try:
+        with pytest.raises(ValueError, match=r'toy_more has 4 categories .* NUM_CLASSES is 3'):
+            trainer_for(teachers, tmp_path / 'run', ['DATASETS.TEST', ('toy_more',)])
+    finally:
+        DatasetCatalog.remove('toy_more')
+        MetadataCatalog.remove('toy_more')
+
+
 def test_what_a_method_says_before_an_epoch_is_one_line(teachers, coco, tmp_path, monkeypatch, capsys):
     for name in ('default_setup', 'setup_logger'):
         monkeypatch.setattr(train_net, name, lambda *_, **__: None)

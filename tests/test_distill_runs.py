@@ -115,7 +115,7 @@ def test_one_image_in_the_last_batch_of_whatever_trains(distill, tmp_path, stude
     """Maps of one pixel before a norm of the method's, or of a teacher that goes by the batch."""
     run = distill('--dataset', 'cifar10', '--dummy', '--dummy-images', 17, '-b', 8, '--epochs', 1, '--arch', student,
                   '--teacher-arch', teacher_arch, '--distiller', *method.split(), '--output', tmp_path / 'o')
-    assert run.code == 1 and 'error: the last batch of an epoch has 1 of the 17 images' in run.err, run.err
+    assert run.code == 1 and 'error: of the 17 images an epoch has a batch of 1, which' in run.err, run.err
     assert 'Epoch 0' not in run.out and not (tmp_path / 'o').exists()
 
 
@@ -125,7 +125,7 @@ def test_one_image_for_the_last_of_several_replicas(distill, tmp_path, monkeypat
     flags = ['--dataset', 'cifar10', '--dummy', '-b', 16, '--epochs', 1, '--arch', 'torchvision:squeezenet1_1',
              '--image-size', 32, '--teacher-arch', 'resnet8', '--distiller', 'srd', '--dummy-images']
     refused = distill(*flags, 25, '--output', tmp_path / 'a')
-    assert refused.code == 1 and 'the last batch of an epoch has 9 of the 25 images' in refused.err, refused.err
+    assert refused.code == 1 and 'of the 25 images an epoch has a batch of 9, which' in refused.err, refused.err
     assert distill(*flags, 26, '--output', tmp_path / 'b').code == 0
 
 
@@ -169,9 +169,11 @@ def test_a_teacher_that_scores_otherwise_than_in_its_own_run_is_doubted(distill,
 
 
 @pytest.mark.parametrize('right, classes, more, doubted', [
-    (50, 10, {}, False), (12, 10, {}, True), (100, 1, {}, False), (12, 10, {'dummy': True}, False)])
+    (12, 10, {}, True), (50, 10, {}, False), (100, 1, {}, False), (12, 10, {'dummy': True}, False),
+    (0, 1000, {'teacher_resume': None}, True), (12, 10, {'teacher_resume': None}, False)])  # which starts fresh
 def test_a_teacher_that_guesses_is_doubted(capsys, right, classes, more, doubted):
-    args = Namespace(**{'dummy': False, 'teacher_resume': None, 'amp': 'off'} | more)
+    args = Namespace(**{'dummy': False, 'teacher_arch': 'resnet50', 'teacher_resume': '/gone/t.pth', 'amp': 'off',
+                        'num_classes': None} | more)
     doubt_teacher({'correct1': right, 'n': 100, 'top1': float(right)}, classes, args)
     assert ('guesses: wrong weights' in capsys.readouterr().out) == doubted
 

@@ -109,12 +109,15 @@ def test_what_was_replaced_is_taken_anew(prepared, folder, form):
     """Also where the source lies elsewhere by now."""
     target, image = prepared(form), folder / 'train' / 'ant' / '0.jpg'
     Image.new('RGB', (48, 40), (250, 0, 0)).save(image)
-    os.utime(image, (later := time.time() + 1, later))
+    os.utime(image, (1e9, 1e9))  # older than the copy, as an archive leaves it
     prepared.source = folder.rename(folder.with_name('elsewhere'))
     source = load_source(arguments(prepared(form)), train=True)
     red, green, blue = source.load(0)[0].float().mean((1, 2)).tolist()
     assert red > 240 and green < 10 and blue < 10
     assert json.loads((target / 'manifest.json').read_text())['source'] == str(prepared.source)
+    (prepared.source / 'train' / 'ant' / '0.jpg').write_text('broken by now')
+    prepared.bad = 3
+    assert len(load_source(arguments(prepared(form)), train=True)) == 13
 
 
 def test_a_class_that_is_there_no_more_is_not_kept(prepared, folder):
@@ -136,10 +139,10 @@ def test_training_images_that_are_lost_are_few(prepared, folder, form):
 
 
 def test_a_disk_that_fails_is_no_broken_image():
-    assert prepare.blame(OSError('image file is truncated')) == 'image file is truncated'
+    assert prepare.of_the_image(OSError('image file is truncated')) == 'image file is truncated'
     for error in OSError(5, 'Input/output error'), PermissionError(13, 'Permission denied'):
         with pytest.raises(OSError, match=error.strerror):
-            prepare.blame(error)
+            prepare.of_the_image(error)
 
 
 def test_a_copy_that_is_too_small_for_an_evaluation_is_told_of(prepared, capfd):

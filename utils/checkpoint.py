@@ -228,8 +228,8 @@ def refuse_other_classes(content, path: Path, classes: list[str] | None):
     for i, pair in enumerate(zip_longest(theirs, classes) if theirs and classes else ()):
         if pair[0] != pair[1] and f'output {i}' not in pair:  # which stands for a name that nobody gave
             sys.exit(f'error: the classes of {path} are not those of the data: output {i} is {pair[0]} there and '
-                     f'{pair[1]} here. Where only their names are others, or the outputs are of no matter, name a copy '
-                     'of best.pth or last.pth elsewhere')
+                     f'{pair[1]} here. Where only their names are others, or the outputs are of no matter, name bare '
+                     'weights (best.pth, last.pth) in another folder')
 
 
 def classes_of(content, path: Path) -> list[str] | None:
@@ -238,7 +238,7 @@ def classes_of(content, path: Path) -> list[str] | None:
         return content['classes']
     try:
         with np.load(path.with_name('predictions.npz')) as arrays:
-            return arrays['classes'].tolist()
+            return arrays['classes'].tolist() if path.name in ('best.pth', 'last.pth', 'teacher.pth') else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # not there, or damaged
         return None
 

@@ -186,15 +186,17 @@ class TrainData:
     @torch.no_grad()
     def refuse_single_values(self, task: nn.Module, args):
         """BatchNorm takes no statistics from a map of one pixel of one image; an epoch would end in that."""
-        left = self.order.length % self.order.batch or self.order.batch
-        state, device = copy.deepcopy(task.state_dict()), next(task.parameters()).device
-        shares = []
-        for n in left, self.order.batch:
-            part = -(-n // distributed.replicas(device, args))  # DataParallel's all have as many, but for the last one
-            shares.append(n // self.order.world if self.order.world > 1 else n % part or part)
-        if min(shares) >= 2 or args.sync_bn:
+        device, order = next(task.parameters()).device, self.order
+
+        def fewest(n: int) -> int:
+            """Of a batch, on a rank, or on a replica of DataParallel: all have as many there, but for the last one."""
+            part = -(-n // distributed.replicas(device, args))
+            return n // order.world if order.world > 1 else n % part or part
+        single = [n for n in (order.length % order.batch or order.batch, order.batch) if fewest(n) < 2]
+        if not single or args.sync_bn:
             return
-        image = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
+        state, image = copy.deepcopy(task.state_dict()), torch.zeros(1, 3, args.image_size, args.image_size,
+                                                                     device=device)
         number = torch.tensor([0], device=device)
         try:
             with torch.compiler.set_stance('force_eager'):
@@ -202,8 +204,8 @@ class TrainData:
         except ValueError as error:
             if 'more than 1 value per channel' not in str(error):
                 raise
-            distributed.stop(f'the last batch of an epoch has {left} of the {self.order.length} images, and from 1 '
-                             'image on a rank a BatchNorm cannot take statistics: take another -b')
+            distributed.stop(f'of the {order.length} images an epoch has a batch of {single[0]}, which leaves 1 to a '
+                             'rank or GPU, and from that a BatchNorm cannot take statistics: take another -b')
         task.load_state_dict(state)
 
     def resident(self, device) -> Resident:
@@ -295,7 +297,7 @@ def load_data(args, seed: int, device: torch.device):
         sys.exit(f'error: the classes of train and valid differ: {", ".join(only[:4])}')
     if len(valid.classes) == 1:
         distributed.say(f'note: {valid.classes[0]} is the only class: its label teaches nothing')
-    if not args.dummy and all(map(str.isdecimal, valid.classes)) and valid.classes != sorted(valid.classes, key=int):
+    if all(map(str.isdecimal, valid.classes)) and valid.classes != sorted(valid.classes, key=int):
         distributed.say(f'note: the classes are numbers, and outputs stand for them in the order of texts: '
                         f'{", ".join(valid.classes[:4])}, ...; weights from elsewhere may have been trained otherwise')
     if args.num_classes and args.num_classes < len(valid.classes):

@@ -65,9 +65,8 @@ class Average(torch.optim.swa_utils.AveragedModel):
     def __init__(self, student: nn.Module, decay: float):
         super().__init__(student)
         self.decay = decay
-        # a mask of -inf, averaged, is no number
-        self.moves = [True for _ in self.module.parameters()] + [
-            name.endswith(('running_mean', 'running_var')) for name, _ in self.module.named_buffers()]
+        both = (*self.module.parameters(), *self.module.buffers())
+        self.moves = [x.is_floating_point() and bool(x.isfinite().all()) for x in both]  # but counters, masks of -inf
 
     @torch.no_grad()
     def update_parameters(self, student: nn.Module):
