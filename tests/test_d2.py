@@ -585,7 +585,7 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.META_ARCHITECTURE', 'RetinaNet', 'MODEL.DISTILL.LAST_NORM', ''],
      'learn from a teacher'),
     ('mgd_retinanet_R18_R50', ['MODEL.META_ARCHITECTURE', 'RetinaNet'], 'a RetinaNet has no such norms'),
-    ('mgd_retinanet_R18_R50', ['MODEL.RETINANET.NUM_CLASSES', 4], 'toy_train has 3 categories (red, green, blue'),
+    ('mgd_retinanet_R18_R50', ['MODEL.RETINANET.NUM_CLASSES', 4], 'toy_train has 3 categories (red, green, blue)'),
     ('mgd_retinanet_R18_R50', ['MODEL.DEVICE', 'cuda'], 'there is no GPU: MODEL.DEVICE cpu'),
     ('mgd_retinanet_R18_R50', ['SOLVER.AMP.ENABLED', True], 'AMP.ENABLED is for GPUs'),
     ('mgd_retinanet_R18_R50', ['SOLVER.REFERENCE_WORLD_SIZE', 3], 'IMS_PER_BATCH 2 cannot be shared by 3 GPUs'),
@@ -672,7 +672,7 @@ def test_categories_of_the_test_are_compared_before_the_training(teachers, coco,
     (coco / 'more.json').write_text(json.dumps(told))
     register_coco_instances('toy_more', {}, str(coco / 'more.json'), str(coco / 'toy_val'))
     try:
-        with pytest.raises(ValueError, match=r'toy_more has 4 categories .* NUM_CLASSES is 3'):
+        with pytest.raises(ValueError, match=r'toy_more has 4 categories \(red, green, blue, super\), .*NUM_CLASSES is 3'):
             trainer_for(teachers, tmp_path / 'run', ['DATASETS.TEST', ('toy_more',)])
     finally:
         DatasetCatalog.remove('toy_more')
