@@ -141,8 +141,9 @@ def check_classes(cfg, name: str):
     known = MetadataCatalog.get(name).get('thing_classes')
     key = 'RETINANET' if 'RetinaNet' in cfg.MODEL.META_ARCHITECTURE else 'ROI_HEADS'
     if known is not None and len(known) != cfg.MODEL[key].NUM_CLASSES:
-        raise OtherClasses(f'the data set {name} has {len(known)} categories ({", ".join(known[:4])}{", ..." * (len(known) > 4)}), and '
-                           f'MODEL.{key}.NUM_CLASSES is {cfg.MODEL[key].NUM_CLASSES}')
+        some = ', '.join(known[:4]) + ', ...' * (len(known) > 4)
+        raise OtherClasses(f'the data set {name} has {len(known)} categories ({some}), and MODEL.{key}.NUM_CLASSES is '
+                           f'{cfg.MODEL[key].NUM_CLASSES}')
 
 
 def check_data(names):

@@ -672,7 +672,7 @@ def test_categories_of_the_test_are_compared_before_the_training(teachers, coco,
     (coco / 'more.json').write_text(json.dumps(told))
     register_coco_instances('toy_more', {}, str(coco / 'more.json'), str(coco / 'toy_val'))
     try:
-        with pytest.raises(ValueError, match=r'toy_more has 4 categories \(red, green, blue, super\), .*NUM_CLASSES is 3'):
+        with pytest.raises(ValueError, match=r'toy_more has 4 categories \(red, green, blue, super\), .*CLASSES is 3'):
             trainer_for(teachers, tmp_path / 'run', ['DATASETS.TEST', ('toy_more',)])
     finally:
         DatasetCatalog.remove('toy_more')
