@@ -151,7 +151,7 @@ def weights_of(content, path) -> dict:
     for prefix in ('module.', '_orig_mod.', 'module.'):
         if all(key.startswith(prefix) for key in content):
             content = {key[len(prefix):]: value for key, value in content.items()}
-    if any(key.startswith('teacher.') for key in content):  # mdistiller's distillers hold both
+    if {'student', 'teacher'} <= {key.partition('.')[0] for key in content}:  # mdistiller's distillers hold both
         content = {key.removeprefix('student.'): value for key, value in content.items() if key.startswith('student.')}
     return content
 
