@@ -127,6 +127,8 @@ def test_one_image_for_the_last_of_several_replicas(distill, tmp_path, monkeypat
     refused = distill(*flags, 25, '--output', tmp_path / 'a')
     assert refused.code == 1 and 'of the 25 images an epoch has a batch of 9, which' in refused.err, refused.err
     assert distill(*flags, 26, '--output', tmp_path / 'b').code == 0
+    whole = distill(*flags, 42, '-b', 25, '--output', tmp_path / 'c')  # six times 4 of a whole one, and 1
+    assert whole.code == 1 and 'of the 42 images an epoch has a batch of 25, which' in whole.err, whole.err
 
 
 def test_a_later_start_is_a_start(distill, images, teacher, tmp_path):

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as pixels
 
 from distillers import DISTILLERS, Distillation
 from distillers.lean import folded
-from distillers.networks import build_teacher
+from distillers.networks import build_student, build_teacher
 from models import Foreign, Renormalised, create_model
 from utils import checkpoint
 from utils.data import Batch
@@ -587,6 +587,13 @@ def test_classes_in_another_order_are_refused(tmp_path, capsys):
                         ([f'output {i}' for i in range(3)], ['ant', 'bee'])):
         torch.save(content | {'classes': known}, tmp_path / 'c.pth')
         checkpoint.load_weights(Net(), tmp_path / 'c.pth', classes=here)
+
+
+def test_imagenets_network_of_a_name_that_cifar_has_is_told_of(capsys):
+    for arch, dataset, told in (('resnet18', 'cifar100', True), ('resnet20', 'cifar100', False),
+                                ('resnet18', 'imagefolder', False)):
+        build_student(settings(arch=arch, dataset=dataset, image_size=32), CLASSES)
+        assert ("resnet18 is ImageNet's" in capsys.readouterr().out) == told
 
 
 def test_bare_weights_of_a_run_know_their_classes(base, images, tmp_path):

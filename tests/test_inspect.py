@@ -10,11 +10,11 @@ import torch
 from conftest import arguments, write_images
 from torch import nn
 
-from distillers import lean, looks
+from distillers import inspection, lean, looks
 from distillers.mgd import MGD
 from models import create_model
-from utils import cost
-from utils.data import load_data
+from utils import cost, setup
+from utils.data import Prepare, load_data
 from utils.resident import Resident
 
 PAIR = ['--arch', 'shufflenet_v2_x0_5', '--teacher-arch', 'shufflenet_v2_x1_0']
@@ -109,6 +109,28 @@ def test_methods_do_not_wait_for_a_loader_that_begins():
 
     told = cost.preparation(Looking(), Beginning(), str, 1000, 8, 0.002, torch.device('cpu'))
     assert told['first'] == pytest.approx(2, abs=1) and told['each'] == pytest.approx(2, abs=1)
+
+
+def test_an_evaluation_is_not_told_by_its_first_batch():
+    """In which a network is compiled, or its kernels are chosen."""
+    class Late(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            time.sleep(0.3 * (self.calls == 1))
+            return x.mean((2, 3))
+
+    args = arguments('--dummy', '--dataset', 'cifar10', '--dummy-images', 64, '-j', 0)
+    _, valid, _ = load_data(args, 0, torch.device('cpu'))
+    _, n, seconds = inspection.score(Late(), valid, Prepare(args, torch.device('cpu')), torch.device('cpu'), args)
+    assert n == 16 and seconds < 0.1 / n
+
+
+@pytest.mark.parametrize('evaluate', [False, True])
+def test_an_evaluation_records_no_graph(evaluate):
+    args = argparse.Namespace(cuda_graph=True, evaluate=evaluate, gpu=None)
+    assert bool(setup.no_graph(args, torch.device('cpu'))) != evaluate
 
 
 def test_what_a_system_does_not_tell_of_its_memory_is_no_problem(monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
 """The copy of the teacher that trains the student."""
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from distillers.lean import LeanTeacher, folded, lean_teacher
 from distillers.mgd import MGD
 from distillers.reviewkd import ReviewKD
 from models import Features, create_model
+from utils import distributed
 from utils.distributed import does_more
 
 
@@ -53,7 +55,7 @@ class WithActivation(nn.BatchNorm2d):
         return super().forward(x).clamp(0, 2)
 
 
-def test_norms_that_do_more_stay():
+def test_norms_that_do_more_stay(monkeypatch):
     torch.manual_seed(0)
     teacher = Tiny((4, 4), (1, 1))
     teacher.norms[0] = WithActivation(4)
@@ -62,6 +64,11 @@ def test_norms_that_do_more_stay():
     assert type(lean.norms[0]) is WithActivation and norms(lean) == 1
     torch.testing.assert_close(lean(images), teacher(images), rtol=1e-4, atol=1e-5)
     assert does_more(teacher) == 'WithActivation' and not does_more(Tiny((4, 4), (1, 1)))
+    args = SimpleNamespace(sync_bn=True)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(distributed.dist, 'is_initialized', lambda: True)
+        patch.setattr(distributed, 'stop', sys.exit)
+        distributed.wrap(teacher, torch.device('cuda'), args)
     assert not does_more(nn.SyncBatchNorm.convert_sync_batchnorm(Tiny((4, 4), (1, 1))))
 
 

@@ -92,6 +92,16 @@ def tell(monkeypatch, capfd):
     return lambda *args: run(*args, quick=False)
 
 
+def test_what_pulls_for_the_labels_is_told_by_its_name():
+    """Not by its first letters, which a method's loss may have as well."""
+    student = torch.nn.Linear(2, 1, bias=False)
+    args = argparse.Namespace(cuda_graph=False, compile=False, amp='off')
+    look = Closely(student, 1, torch.device('cpu'), args)
+    look.begin(look.every // 2)
+    look.at_losses({'ce': student.weight.square().sum(), 'center': 3 * student.weight.sum()}, 1.0)
+    assert_same({'labels': look.by_labels}, {'labels': 2 * student.weight.detach().flatten()})
+
+
 @pytest.mark.parametrize('name, way', [
     ('kd-0', 'kd'), ('mgd+kd-12', 'mgd+kd'), ('wrn_40_2', 'wrn_40_2'), ('base-resnet8-3', 'base-resnet8'),
     ('distill-cub-resnet8-kd-20261128-101010', 'distill-cub-resnet8-kd'),
