@@ -1,5 +1,4 @@
 """Student, teacher and methods from a config. What does not fit is a ValueError, before anything trains."""
-import re
 from pathlib import Path
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -10,11 +9,10 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from distillers import DISTILLERS
-from distillers.flags import hyper_parameters
 from distillers.margins import tells_margins
 
 from . import meta_arch, mobilenet  # noqa: F401, which register what configs name
-from .config import LOGITS, MAPS, PREACT, arguments, check_schedule, teacher_config
+from .config import LOGITS, MAPS, PREACT, arguments, check_schedule, in_keys, teacher_config
 from .views import View, check_boxes, check_maps
 
 
@@ -101,14 +99,6 @@ def build_method(name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode
         raise ValueError(f'MODEL.DISTILL.{name.upper()}.BETA batch is a mean over the images of a batch, and what '
                          'detectors classify are boxes, on each rank another number of them: take sample')
     return method
-
-
-def in_keys(name: str, error: ValueError) -> str:
-    """What a method says, which knows its hyper-parameters by their names, or as flags."""
-    key, (word, _, rest) = f'MODEL.DISTILL.{name.upper()}', str(error).partition(' ')
-    own = word in hyper_parameters(DISTILLERS[name])
-    told = f'{key}.{word.upper()} {rest}' if own else f'{key}: {error}'
-    return re.sub(rf'--{name}-([a-z-]+)', lambda flag: f'{key}.{flag[1].replace("-", "_").upper()}', told)
 
 
 def features_of(name: str, cfg: CfgNode) -> tuple[str, ...]:

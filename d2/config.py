@@ -1,4 +1,5 @@
 """The keys of a config: Detectron2's, and those of the distillation, made from the distillers' own arguments."""
+import re
 from bisect import bisect
 from pathlib import Path
 
@@ -25,6 +26,10 @@ PUBLISHED = {  # for detectors, where the methods' own defaults are those of sma
     'REVIEWKD.WEIGHT': 1.0, 'REVIEWKD.MAX_MID': 256,
     'FT.PARAPHRASER_EPOCHS': 3,  # of ITERS batches
 }
+
+
+class Refused(ValueError):
+    """What ends a run in one line, also when it is under way."""
 
 
 def default_config() -> CfgNode:
@@ -68,6 +73,14 @@ def arguments(name: str, cfg: CfgNode) -> dict:
         if value not in choices:
             raise ValueError(f'MODEL.DISTILL.{name.upper()}.{key.upper()} is {value!r}, but has to be one of {choices}')
     return values
+
+
+def in_keys(name: str, error: ValueError) -> str:
+    """What a method says, which knows its hyper-parameters by their names, or as flags."""
+    key, (word, _, rest) = f'MODEL.DISTILL.{name.upper()}', str(error).partition(' ')
+    own = word in hyper_parameters(DISTILLERS[name])
+    told = f'{key}.{word.upper()} {rest}' if own else f'{key}: {error}'
+    return re.sub(rf'--{name}-([a-z-]+)', lambda flag: f'{key}.{flag[1].replace("-", "_").upper()}', told)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

@@ -10,13 +10,9 @@ from torch import nn
 
 from distillers.base import Distiller, evaluating
 
-from .config import PREACT
+from .config import PREACT, Refused, in_keys
 from .norms import replace_last_norms
 from .views import box_logits, show, watching
-
-
-class Unanswered(Exception):
-    """What a method, by name, says of the features that it looked at before an epoch."""
 
 
 class Distilled:
@@ -90,7 +86,7 @@ class Distilled:
                 method.start_epoch(epoch, lambda name=name, asked=method.asks_student: self.pairs(
                     self.names[name], batches(), asked))
             except ValueError as error:  # features to which it has no answer
-                raise Unanswered(name, error) from error
+                raise Refused(in_keys(name, error)) from error
         return {name: method.report for name, method in self.kd.items() if method.report}
 
     @torch.no_grad()

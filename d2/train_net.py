@@ -23,10 +23,9 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from d2.build import Whole, build_detector, build_student, build_teacher, check_start, in_keys, student_of
-from d2.config import arguments, default_config, teacher_config
+from d2.build import Whole, build_detector, build_student, build_teacher, check_start, student_of
+from d2.config import Refused, arguments, default_config, teacher_config
 from d2.hooks import Epochs
-from d2.meta_arch import Unanswered
 from utils.checkpoint import fingerprint
 from utils.errors import line
 
@@ -132,18 +131,14 @@ def check_machine(cfg, world: int, trains: bool):
                          'SOLVER.REFERENCE_WORLD_SIZE tells how many it is meant for, if others than there are')
 
 
-class OtherClasses(ValueError):
-    pass
-
-
 def check_classes(cfg, name: str):
     """Once the data are loaded: a class more than the detector has would be its background."""
     known = MetadataCatalog.get(name).get('thing_classes')
     key = 'RETINANET' if 'RetinaNet' in cfg.MODEL.META_ARCHITECTURE else 'ROI_HEADS'
     if known is not None and len(known) != cfg.MODEL[key].NUM_CLASSES:
         some = ', '.join(known[:4]) + ', ...' * (len(known) > 4)
-        raise OtherClasses(f'the data set {name} has {len(known)} categories ({some}), and MODEL.{key}.NUM_CLASSES is '
-                           f'{cfg.MODEL[key].NUM_CLASSES}')
+        raise Refused(f'the data set {name} has {len(known)} categories ({some}), and MODEL.{key}.NUM_CLASSES is '
+                      f'{cfg.MODEL[key].NUM_CLASSES}')
 
 
 def check_data(names):
@@ -205,9 +200,7 @@ def main(args):
         if not (args.eval_only or args.eval_teacher):
             return trainer.train()
         results = Trainer.test(cfg, model)
-    except Unanswered as error:
-        stop(ValueError(in_keys(*error.args)))
-    except OtherClasses as error:
+    except Refused as error:
         stop(error)
     if comm.is_main_process():
         verify_results(cfg, results)

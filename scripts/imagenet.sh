@@ -22,10 +22,10 @@
 #     expkd                  100    512  0.2     of ResNet-18; 150, 256, 0.2 of MobileNetV1
 #
 # FLAGS come last and win over the recipe. Batch and learning rate are those of all GPUs together, but a --batch-size
-# among FLAGS is that of a node. BatchNorm, and the
-# relations of DIST and MRKD, see the images of one GPU: of 8 for mdistiller and DIST, of 4 for ReviewKD. Runs go to
-# runs/imagenet/METHOD-TEACHER-STUDENT-SEED, without a teacher to base-NETWORK-SEED. scripts/published.json has the
-# numbers. Where a method has values for some pairs but not for this one, a note says so and the default is taken.
+# among FLAGS is that of a node. BatchNorm, and the relations of DIST and MRKD, see the images of one GPU: of 8 for
+# mdistiller and DIST, of 4 for ReviewKD. Runs go to runs/imagenet/METHOD-TEACHER-STUDENT-SEED, without a teacher to
+# base-NETWORK-SEED. scripts/published.json has the numbers. Where a method has values for some pairs but not for this
+# one, a note says so and the default is taken.
 #
 # Not as published: DIST's gradients were summed in float16, and its strong recipe needs RMSprop, which is not here.
 # MRKD's configurations have rates of 0.001 (ResNet-18) and 0.1, which its launcher multiplied, like the batch, by an

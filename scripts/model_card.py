@@ -95,7 +95,7 @@ EIGHT = """
 
 def card(file, small, args, rows, meta, checked, how) -> str:
     """rows: of facts(); checked: what is to be said of the check; how: the lines that load the network."""
-    size, (source, _, _) = args.image_size, args.arch.rpartition(':')
+    size, source = args.image_size, args.arch.rpartition(':')[0]
     more = ', and timm' if source == 'timm' else f', and the module `{source}`' if is_function(args.arch) else ''
     where = ('It takes a checkout of the repository: the student predicts through layers of its method.'
              if 'from distillers' in how else

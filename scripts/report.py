@@ -3,8 +3,8 @@
     python scripts/report.py runs/demo/alone-? runs/demo/mgd-? --teacher runs/demo/teacher -o report.html
 
 Runs whose folders are called the same but for a number behind a dash are one way to train, with several seeds. Also of
-runs that still go on: what is not there yet is left out, and the page reloads itself every 30 seconds. The
-teacher's run is found beside the weights that its students were given, where it is not named.
+runs that still go on: what is not there yet is left out, and the page reloads itself every 30 seconds. The teacher's
+run is found beside the weights that its students were given, where it is not named.
 """
 import argparse
 from pathlib import Path

@@ -104,10 +104,19 @@ def test_the_best_weights_are_those_of_the_best_epoch_that_is_known(tmp_path, ca
         assert folder.bring_best(tmp_path, target, best) == kept
         assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
         assert (target / 'best.pth').exists()  # once brought, it stays
-        older = folder.bring_best(tmp_path, tmp_path, {'epoch': 1})  # of a run that did not note it
-        assert older == (None if content in ([1], None) else {'epoch': 1})
-        capsys.readouterr()
     assert_close(torch.load(target / 'best.pth'), weights)
+
+
+def test_the_best_weights_of_an_older_run_are_told_by_its_result(tmp_path, capsys):
+    """Which is there behind them, of the same epoch."""
+    weights, result = tmp_path / 'best.pth', tmp_path / 'result.json'
+    for found, older, kept in (({'epoch': 1}, weights, {'epoch': 1}), ({'epoch': 2}, weights, None),
+                               ({'epoch': 1}, result, None)):
+        weights.touch()
+        result.write_text(json.dumps({'best': found}))
+        os.utime(older, (1, 1))
+        assert folder.bring_best(tmp_path, tmp_path, {'epoch': 1}) == kept
+        assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
 
 
 def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):

@@ -236,9 +236,11 @@ def classes_of(content, path: Path) -> list[str] | None:
     """Of the data that the weights were trained on; those of a run's bare weights lie beside them."""
     if isinstance(content, dict) and isinstance(content.get('classes'), list):
         return content['classes']
+    if path.name not in ('best.pth', 'last.pth', 'teacher.pth'):
+        return None
     try:
         with np.load(path.with_name('predictions.npz')) as arrays:
-            return arrays['classes'].tolist() if path.name in ('best.pth', 'last.pth', 'teacher.pth') else None
+            return arrays['classes'].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # not there, or damaged
         return None
 

@@ -195,8 +195,8 @@ class TrainData:
         single = [n for n in (order.length % order.batch or order.batch, order.batch) if fewest(n) < 2]
         if not single or args.sync_bn:
             return
-        state, image = copy.deepcopy(task.state_dict()), torch.zeros(1, 3, args.image_size, args.image_size,
-                                                                     device=device)
+        state = copy.deepcopy(task.state_dict())
+        image = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
         number = torch.tensor([0], device=device)
         try:
             with torch.compiler.set_stance('force_eager'):

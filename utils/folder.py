@@ -104,12 +104,13 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:
     """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone.
 
-    They are gone where a later epoch has left better ones, but was killed before its checkpoint.
+    They are gone where a later epoch has left better ones, but was killed before its checkpoint. Of older runs, which
+    have no hash of them, result.json tells: it is written behind them, of these or of others.
     """
-    weights = source / 'best.pth'
-    with suppress(ValueError, AttributeError):
-        found = checkpoint.fingerprint(checkpoint.read(weights))
-        if found == best.get('weights', found):  # older runs did not tell
+    weights, told = source / 'best.pth', source / 'result.json'
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if checkpoint.fingerprint(checkpoint.read(weights)) == best['weights'] if 'weights' in best else (
+                json.loads(told.read_text())['best'] == best and weights.stat().st_mtime <= told.stat().st_mtime):
             if source.resolve() != target.resolve():
                 checkpoint.write(target / 'best.pth', weights.read_bytes())
             return best
