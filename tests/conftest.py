@@ -164,9 +164,13 @@ def script(*args, program=ROOT / 'main_base.py', **extra) -> Outcome:
     return Outcome(process.returncode, out, out, output_of(args))
 
 
-def torchrun_command(ranks, *options):
-    return [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', ranks,
+def torchrun_command(ranks, *options, launcher=('-m', 'torch.distributed.run')):
+    return [sys.executable, *launcher, '--nproc-per-node', ranks,
             '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0', *options]
+
+
+def forked_command(ranks, *options):
+    return torchrun_command(ranks, *options, launcher=[PROGRAMS / 'forked.py'])
 
 
 def assert_same(a: dict, b: dict):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, assert_same, at_call, script, start, torchrun_command
+from conftest import QUICK, ROOT, assert_same, at_call, forked_command, script, start
 
 from distillers import Distillation
 from distillers.networks import doubt_teacher
@@ -259,7 +259,7 @@ def test_two_ranks_are_one_process(images, tmp_path):
             'dot', '--epochs', 2, '--pair-images', 11, '--lr', 1e-4,
             '--num-classes', 5]
     one = script(*args, '--output', tmp_path / 'one', program=program)
-    process = start(*torchrun_command(2), program, *QUICK, *map(str, [*args, '--output', tmp_path / 'two']))
+    process = start(*forked_command(2), program, *QUICK, *map(str, [*args, '--output', tmp_path / 'two']))
     out, _ = process.communicate(timeout=150)
     assert one.code == process.returncode == 0, one.out + out
 

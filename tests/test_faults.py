@@ -19,6 +19,7 @@ from conftest import (
     Outcome,
     assert_close,
     assert_same,
+    forked_command,
     output_of,
     start,
     torchrun_command,
@@ -35,12 +36,10 @@ SPAWN2 = ['--multiprocessing-distributed', '--procs-per-node', 2]
 
 
 def launch(mode, *args, **extra) -> Outcome:
-    """One process, or ranks that are spawned or started by torchrun: 'process', 'spawn', 'torchrun 2'."""
-    command, more = [sys.executable], []
-    if mode == 'spawn':
-        more = SPAWN2
-    elif mode != 'process':
-        command = torchrun_command(*mode.split()[1:])
+    """One process, or ranks: 'process', 'spawn', 'torchrun 2', or 'forked 2' (programs/forked.py)."""
+    how, *options = mode.split()
+    more = SPAWN2 if how == 'spawn' else []
+    command = {'torchrun': torchrun_command, 'forked': forked_command}.get(how, lambda: [sys.executable])(*options)
     args = [*QUICK, *map(str, [*args, *more])]
     with tempfile.TemporaryFile('w+') as said:  # no pipe: loader workers outlive a kill -9 for some seconds
         process = start(*command, PROGRAMS / 'faulty.py', *args, stdout=said, **extra)
@@ -74,7 +73,7 @@ def unharmed(images, once, whole, tmp_path_factory):
     """The short run without a fault, done once for each number of ranks and network."""
     def get(ranks, **extra) -> Outcome:
         output = tmp_path_factory.mktemp('unharmed') / 'run'
-        mode = 'process' if ranks == 1 else f'torchrun {ranks}'
+        mode = 'process' if ranks == 1 else f'forked {ranks}'
         return once((ranks, *extra), lambda: whole(mode, *short(images, output), **extra))
     return get
 
@@ -82,7 +81,7 @@ def unharmed(images, once, whole, tmp_path_factory):
 def test_every_launch_mode_gives_the_same_weights(images, tmp_path, unharmed):
     alone, two = unharmed(1, GROUP_NORM=1), unharmed(2, GROUP_NORM=1)
     spawned = launch('spawn', *short(images, tmp_path / 'spawned', '-j', 1), GROUP_NORM=1)
-    three = launch('torchrun 3', *short(images, tmp_path / 'three', '--accum-steps', 2, '-b', 4), GROUP_NORM=1)
+    three = launch('forked 3', *short(images, tmp_path / 'three', '--accum-steps', 2, '-b', 4), GROUP_NORM=1)
     assert spawned.code == three.code == 0, spawned.out + three.out
     assert_same(two.weights(), spawned.weights())
     for other in (two, three):  # shares of an update differ between ranks: 8 over 3, and the last 7
@@ -106,7 +105,7 @@ def test_evaluation_integers_are_those_of_one_process(tmp_path, base):
     flags = [tmp_path / 'few', '-e', '--num-classes', 3, '--student-resume', tmp_path / 'w.pth', '--teacher-arch',
              'resnet8', '--teacher-resume', tmp_path / 'w.pth']
     one = base(*flags, '-b', 7, '--output', tmp_path / 'one').json('evaluate.json')['scores']
-    three = launch('torchrun 3', *flags, '-b', 6, '--output', tmp_path / 'three').json('evaluate.json')['scores']
+    three = launch('forked 3', *flags, '-b', 6, '--output', tmp_path / 'three').json('evaluate.json')['scores']
     assert three['student']['n'] == 2 and three['agreement'] == 100
     for name in ('student', 'teacher'):
         assert [one[name][k] for k in ('correct1', 'correct5', 'n')] == \
@@ -114,7 +113,7 @@ def test_evaluation_integers_are_those_of_one_process(tmp_path, base):
         np.testing.assert_allclose(*(np.load(tmp_path / n / 'evaluate.npz')[name] for n in ('one', 'three')), rtol=1e-4)
 
 
-@pytest.mark.parametrize('mode, updates', [('process', (3, 3, 4)), ('torchrun 2', (3, 2))])
+@pytest.mark.parametrize('mode, updates', [('process', (3, 3, 4)), ('forked 2', (3, 2))])
 def test_kill_9_at_any_update_and_again(images, tmp_path, whole, unharmed, mode, updates):
     """Killed in the first epoch, again in the same one, and in the second; ends as if nothing had been."""
     args = short(images, tmp_path / 'run', '-j', 1)
@@ -157,7 +156,7 @@ def test_one_killed_rank_is_started_again_by_torchrun(images, unharmed):
 def test_another_world_size_goes_on_at_the_same_sample(images, tmp_path, unharmed):
     """1, 2 and 1 ranks in one epoch: the weights of one process, so every sample was seen exactly once."""
     args = short(images, tmp_path)
-    for mode, update in (('process', 2), ('torchrun 2', 1)):
+    for mode, update in (('process', 2), ('forked 2', 1)):
         assert launch(mode, *args, FAULT=f'{update} SIGTERM', GROUP_NORM=1).code != 0
         assert (tmp_path / 'interrupted').exists()
     rest, alone = launch('process', *args, GROUP_NORM=1), unharmed(1, GROUP_NORM=1)
@@ -166,13 +165,13 @@ def test_another_world_size_goes_on_at_the_same_sample(images, tmp_path, unharme
 
 
 def test_a_broken_loss_on_one_rank_stops_all_before_the_update(images, tmp_path, unharmed):
-    run = launch('torchrun 2', *short(images, tmp_path), FAULT='7 nan-rank-1', GROUP_NORM=1)
+    run = launch('forked 2', *short(images, tmp_path), FAULT='7 nan-rank-1', GROUP_NORM=1)
     assert run.code != 0
     assert 'loss ce is nan in epoch 1, update 2, samples' in run.out
     report = run.json('nonfinite.json')
     assert len(report['samples']) == 4 and report['files'][0].endswith('.jpg') and report['losses'] == {'ce': 'nan'}
     # nothing of the broken update is in what is left: going on without the fault ends where it would have
-    rest = launch('torchrun 2', *short(images, tmp_path), GROUP_NORM=1)
+    rest = launch('forked 2', *short(images, tmp_path), GROUP_NORM=1)
     assert_same(rest.weights(), unharmed(2, GROUP_NORM=1).weights())
 
 
@@ -185,7 +184,7 @@ def test_a_broken_loss_has_its_exit_code(images, tmp_path):
 def test_a_broken_update_is_left_out_where_that_is_allowed(images, tmp_path, amp):
     """On all ranks, and after an interruption too; the network has norms, whose statistics are those of rank 0."""
     flags = ['--max-broken-updates', 1, '--amp', amp]
-    run = launch('torchrun 2', *short(images, tmp_path, *flags), FAULT='7 nan-rank-1')
+    run = launch('forked 2', *short(images, tmp_path, *flags), FAULT='7 nan-rank-1')
     assert run.code == 0 and 'note: loss ce is nan in epoch 1, update 2, samples' in run.out
     assert [record['broken'] for record in run.log()] == [0, 1]
     assert all(math.isfinite(record['train']['loss']) for record in run.log())
