@@ -165,17 +165,17 @@ class Distillation(nn.Module):
             distiller.know(targets)
 
     def freeze_unreached(self) -> int:
-        """Where labels do not count: how many of the student's parameters no method's loss reaches.
+        """How many of the student's parameters no loss reaches: labels do not count, or it predicts without them.
 
         Their gradient would be zero all along, and weight decay would wear them away.
         """
-        if self.ce_weight:
+        if self.ce_weight and self.shipped() is self.student:
             return 0
         images, state = probe_image(self.student).repeat(2, 1, 1, 1), copy.deepcopy(self.distillers.state_dict())
         nothing = torch.zeros(2, dtype=torch.int64, device=images.device)
         with evaluating(self), torch.compiler.set_stance('force_eager'):  # it is for two images, once
             _, losses = self(Batch(images, nothing, nothing, nothing))
-        loss = sum(value for name, value in losses.items() if name != 'ce')
+        loss = sum(value for name, value in losses.items() if name != 'ce' or self.ce_weight)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         self.distillers.load_state_dict(state)  # a memory has taken in what it saw

@@ -31,7 +31,8 @@
 # MRKD's configurations have rates of 0.001 (ResNet-18) and 0.1, which its launcher multiplied, like the batch, by an
 # unknown number of GPUs; here the rate is 0.2, as for the other methods. Their weights for students other than
 # ResNet-18 are 32, though their names say 10. Of Exp-KD these are the values of its configurations, which no published
-# code ever used. DKD's alpha is that of the reported runs; its code has 1, which its author found to do as well.
+# code ever used; how many classes it compared for ResNet-18 is open, here all. DKD's alpha is that of the reported
+# runs; its code has 1, which its author found to do as well.
 set -euo pipefail
 
 usage() { echo 'usage: imagenet.sh [TEACHER-STUDENT] METHOD DIR|--dummy [FLAGS of main_*.py]' >&2; exit 2; }
@@ -95,7 +96,7 @@ case $method in
         recipe+=(--nesterov 1 --lr-drop-epochs 29 59 89 --distiller ofd --ofd-weight 1e-4 --ofd-teacher-bn batch) ;;
     crd) recipe+=(--distiller crd) ;;
     at | srd) recipe+=("${large[@]}" --distiller "$method") ;;
-    simkd) recipe+=(--epochs 120 --distiller simkd) ;;
+    simkd) recipe+=(--epochs 120 --distiller simkd --simkd-student-map stage) ;;
     *) usage ;;
 esac
 [[ $method == base ]] || recipe+=(--teacher-arch "${pair%%-*}")

@@ -44,7 +44,7 @@ PAIRS = """
 ROWS = {pair: row for pair, *row in map(str.split, PAIRS.strip().splitlines()[1:])}
 SRD = {'wrn_40_4-wrn_16_4': 10, 'wrn_40_2-wrn_40_1': 10, 'wrn_40_4-wrn_16_2': 4,  # B
        'wrn_40_4-cifar_mobilenet_v2_x1_0': 10, 'cifar_resnet18-cifar_mobilenet_v2_x1_0': 10}
-BY_DEFAULT = ['kd', 'fitnet', 'at', 'sp', 'cc', 'vid', 'rkd', 'pkt', 'nst', 'crd', 'ofd', 'dist', 'edkd']
+BY_DEFAULT = ['kd', 'fitnet', 'at', 'sp', 'cc', 'vid', 'rkd', 'pkt', 'nst', 'crd', 'dist', 'edkd']
 PUBLISHED = json.loads((ROOT / 'scripts' / 'published.json').read_text())
 
 
@@ -142,7 +142,7 @@ def test_each_pair_has_its_own_values(asked, method):
     assert [line.split()[2].strip(',:') for line in said.splitlines()] == notes
 
 
-@pytest.mark.parametrize('method', [*BY_DEFAULT, 'kd_dot', 'ft'])
+@pytest.mark.parametrize('method', [*BY_DEFAULT, 'kd_dot', 'ft', 'ofd', 'simkd'])
 def test_methods_of_one_recipe_for_all_pairs(asked, method):
     calls, said = asked('cifar100_cross.sh', method, ' '.join(ROWS), 3)
     assert not said
@@ -153,6 +153,10 @@ def test_methods_of_one_recipe_for_all_pairs(asked, method):
         if method == 'ft':
             assert args.pair_images == 50000
             assert args.ft_paraphraser_lr == (0.05 if pair.endswith('cifar_vgg8') else 0.01)
+        if method == 'ofd':
+            assert args.ofd_weight == (1e-4 if pair == 'resnet56-resnet20' else 1e-3)
+        if method == 'simkd':
+            assert args.simkd_student_map == 'stage'
 
 
 @pytest.mark.parametrize('script, pairs', [

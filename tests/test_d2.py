@@ -26,7 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from d2 import train_net
@@ -362,6 +362,21 @@ def test_dkd_on_the_boxes_of_the_student(teachers):
                       SimpleNamespace(target=classes))
     for name in ('dkd_tckd', 'dkd_nckd'):
         assert losses[f'loss_{name}'].item() == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-6)
+
+
+def test_a_mask_rcnn_learns_too(teachers):
+    """MASK_ON is all that has to be said; the teacher shows its pyramid with and without masks."""
+    model = distilled(teachers, 'reviewkd_fasterrcnn_R18_R101', 'base_fasterrcnn_R50',
+                      ['MODEL.MASK_ON', True, 'MODEL.DISTILL.REVIEWKD.WEIGHT', 1.5])
+    batch = inputs()
+    for x in batch:
+        boxes = x['instances'].gt_boxes.tensor.tolist()
+        x['instances'].gt_masks = PolygonMasks([[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes])
+    losses = losses_of(model, batch)
+    assert losses.keys() == {'loss_rpn_cls', 'loss_rpn_loc', 'loss_cls', 'loss_box_reg', 'loss_mask', 'loss_reviewkd'}
+    sum(losses.values()).backward()
+    assert sum(name.startswith('mask_fcn') for name, _ in model.roi_heads.mask_head.named_children()) == 4
+    assert model.eval()(batch)[0]['instances'].has('pred_masks')
 
 
 def test_a_retinanet_teaches_a_faster_rcnn(teachers):

@@ -377,16 +377,19 @@ def below(f: Features, x: float) -> Features:
 # SimKD
 
 @pytest.mark.parametrize('size', [16, 24])
-@pytest.mark.parametrize('pair', ['narrower', 'smaller maps', 'larger maps', 'later head', 'fewer stages'])
-def test_simkd_is_the_formula(pair, size):
+@pytest.mark.parametrize('pair, student_map', [
+    ('narrower', 'head'), ('smaller maps', 'head'), ('larger maps', 'head'), ('later head', 'head'),
+    ('later head', 'stage'), ('fewer stages', 'stage')])
+def test_simkd_is_the_formula(pair, student_map, size):
     """The student predicts through the projector and the teacher's classifier, at any size of the images."""
     student, teacher, s, t = looks(pair, size=size)
-    method = SimKD(student, teacher, weight=2.0)
+    method = SimKD(student, teacher, weight=2.0, student_map=student_map)
     adapted = method.adapt(s)
-    small = [min(a, b) for a, b in zip(s.head.shape[2:], t.head.shape[2:])]
+    f_s = s.head if student_map == 'head' else s.maps[-1]
+    small = [min(a, b) for a, b in zip(f_s.shape[2:], t.head.shape[2:])]
     with torch.no_grad():
         a, b, c = (layer for layer in method.projector if isinstance(layer, torch.nn.Conv2d))
-        f = bn(conv1(averaged(s.head.double(), small), a)).clamp(min=0)  # pooled first, as the next one sees more
+        f = bn(conv1(averaged(f_s.double(), small), a)).clamp(min=0)  # pooled first, as the next one sees more
         f = bn(conv1(bn(conv3(f, b)).clamp(min=0), c)).clamp(min=0)
         logits = f.mean((2, 3)) @ teacher.classifier.weight.double().T + teacher.classifier.bias.double()
     assert (a.out_channels, c.out_channels) == (t.head.shape[1] // 2, t.head.shape[1])
@@ -409,6 +412,15 @@ def test_simkd_trains_by_its_loss_alone_and_ships_what_it_predicts_through():
     other = Distillation(*zoo.make('narrower', seed=1), {'simkd': SimKD(*zoo.make('narrower', seed=1))}).shipped()
     other.load_state_dict(network.state_dict())
     assert torch.equal(other.eval()(batch.images), network(batch.images))
+
+
+@pytest.mark.parametrize('ce_weight', [None, 1.0])
+def test_simkd_of_the_last_stage_leaves_what_comes_after_it_out_of_use(ce_weight):
+    student, teacher = zoo.make('later head')
+    task = Distillation(student, teacher, {'simkd': SimKD(student, teacher, student_map='stage')}, ce_weight)
+    assert task.freeze_unreached() == sum(p.numel() for p in student.last.parameters())
+    sum(task(zoo.make_batch())[1].values()).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in task.parameters())
 
 
 def test_simkd_is_evaluated_as_it_was_trained(distill, images, tmp_path):

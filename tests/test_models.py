@@ -72,6 +72,12 @@ def test_mobilenet_v2_taps(name, maps):
     assert out.head.shape[1] == 1280
 
 
+def test_mgds_mobilenet_v2_has_no_dropout():
+    networks, images = [build(name).train() for name in ('mobilenet_v2', 'mobilenet_v2_mgd')], pictures(32, n=2)
+    with torch.no_grad():
+        assert [torch.equal(network(images), network(images)) for network in networks] == [False, True]
+
+
 def test_stages_of_the_other_networks():
     with torch.no_grad():
         for name, maps in {

@@ -63,7 +63,7 @@ class Classifier(nn.Linear):
 class MobileNetV2(nn.Module):
     """`taps` are the blocks in `features` that show their depthwise map, by default the last one at each resolution."""
 
-    def __init__(self, num_classes: int, groups: list[tuple] = GROUPS, taps: list[int] | None = None):
+    def __init__(self, num_classes: int, groups: list[tuple] = GROUPS, taps: list[int] | None = None, dropout=0.2):
         super().__init__()
         blocks = []
         channels = 32
@@ -72,7 +72,7 @@ class MobileNetV2(nn.Module):
                 blocks.append(InvertedResidual(channels, c_out, stride, expansion))
                 channels = c_out
         self.features = nn.Sequential(conv_bn(3, 32, 3, stride=2), *blocks, conv_bn(channels, 1280, 1))
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = nn.Dropout(dropout)
         self.classifier = Classifier(1280, num_classes)
         self.taps = taps or stage_ends([2, *(block.stride for block in blocks)])
 
@@ -120,8 +120,9 @@ def mobilenet_v2_mgd(num_classes: int) -> MobileNetV2:
     """The variant of Yue et al., ECCV 2020 (MGD); same parameters and weights, 38 % more multiply-adds.
 
     The strides of the 64- and 96-channel groups are swapped and the first blocks of the groups from 32 to 96 channels
-    are tapped, so that the second map has 28x28 pixels at 224, like the 192-channel map of the standard network.
+    are tapped, so that the second map has 28x28 pixels at 224, like the 192-channel map of the standard network. There
+    is no dropout.
     """
     strides = {64: 1, 96: 2}
     groups = [(expansion, c, depth, strides.get(c, stride)) for expansion, c, depth, stride in GROUPS]
-    return MobileNetV2(num_classes, groups, taps=[4, 7, 11, 17])
+    return MobileNetV2(num_classes, groups, taps=[4, 7, 11, 17], dropout=0.0)
