@@ -254,7 +254,7 @@ def z_scores(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.float()
     deviation = logits.std(1, keepdim=True)
     scores = (logits - logits.mean(1, keepdim=True)) / deviation.clamp(min=1e-6)
-    return torch.where(deviation <= 1e-6, 0.0, scores)  # so asked, what is not a number stays that
+    return torch.where(deviation <= 1e-6, 0.0, scores)  # NaN <= 1e-6 is False: NaN stays NaN
 
 
 def with_logits(x: Features, logits: torch.Tensor) -> Features:
