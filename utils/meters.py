@@ -10,7 +10,8 @@ import torch
 
 from . import distributed
 
-# Of an update on average: seconds, and those without data; seconds of its parts; how hard labels and distillation pull
+# Means over updates. time/: seconds of one, and how many it waited for data; update/: seconds of its parts; balance/:
+# the gradients of labels and distillation
 KINDS = ('time/', 'update/', 'balance/')
 
 

@@ -34,8 +34,8 @@ from .meters import percentages
 from .optim import learning_rate, load_optimizer, total_epochs
 from .setup import device_name
 
-# Seconds between two writings of files: of shorter epochs, several are written at once. A run that is killed loses those
-# that are not written yet, one that a signal stops loses none.
+# Seconds between two writings of files: of shorter epochs several are written at once. A run that is killed loses what
+# is not written yet, one that a signal stops loses nothing.
 APART = 10
 
 
