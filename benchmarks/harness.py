@@ -202,7 +202,7 @@ def timed(run: Callable, device: torch.device, steps: int, clock=None) -> tuple[
 
 
 def in_its_own_process(module: str, *given) -> Callable[[], tuple[float, dict]]:
-    """What runs main of a module, in a process that is given these as JSON, and prints a value and a loss as such."""
+    """A function that calls main of a module in another process: with these as JSON, for a value and a loss as JSON."""
     def run():
         command = [sys.executable, '-c', f'import sys; from {module} import main; main(sys.argv[1])', json.dumps(given)]
         answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -87,9 +87,9 @@ def build_teacher(args, classes, pretrained=False, shows=False):
         distributed.say(f'note: {args.teacher_arch} was published for images of mean {published[0]}, std '
                         f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
                         '--teacher-mean, --teacher-std, --teacher-size')
-    # Weights from a file need not be from where the network is.
-    mean, std, size = published if pretrained else of_student
-    wanted, size = (tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)), args.teacher_size or size
+    mean, std, size = published if pretrained else of_student  # a file's weights need not be from where the network is
+    wanted = tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)
+    size = args.teacher_size or size
     try_out(network, args.teacher_arch, classes, f'--teacher-size {size}', size)
     if shows:
         network = showing(network, args.teacher_arch, classes, args.teacher_stages, size)

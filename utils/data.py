@@ -218,9 +218,9 @@ def collate(samples: list[Batch], join) -> Batch:
 
 
 def make_loader(images, order, args):
-    """Where processes load training images, those of an update are there until the loop asks for the next update.
+    """A DataLoader of these images. In training, those of an update stay until the batches of the next are asked for.
 
-    They write them into memory that they use again and again (slots.py).
+    Then loader processes write others into the same memory (slots.py).
     """
     warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores, which load_data told
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
