@@ -28,7 +28,7 @@ class Distiller(nn.Module):
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
     asks_student = True  # whether start_epoch looks at the student, too
-    teacher_kept = ''  # what it reads of the teacher before the first epoch alone, which must not change afterwards
+    teacher_kept = ''  # what it reads of the teacher before the first epoch only; the teacher must not learn then
     pairing: list[tuple[int, int]] = []  # noqa: RUF012, the student's and the teacher's stages that forward compares
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 

@@ -39,9 +39,9 @@ class Recorded:
 
 
 def record(function: Callable) -> tuple[Callable, list[Tensor]]:
-    """A function that replays what this one has the device do, and the tensors that each replay fills.
+    """Record what the function asks of the device, which is not done yet.
 
-    Recording does not run it.
+    Returns a function that has it done, and the tensors where its results are then.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     generator = torch.cuda.default_generators[stream.device.index]

@@ -10,8 +10,8 @@ import torch
 
 from . import distributed
 
-# Means over updates. time/: seconds of one, and how many it waited for data; update/: seconds of its parts; balance/:
-# the gradients of labels and distillation
+# Sums that are told as means over updates. time/: seconds, and those without data; update/: seconds of its parts;
+# balance/: norms of the gradients of labels and of distillation, and the cosine between them
 KINDS = ('time/', 'update/', 'balance/')
 
 

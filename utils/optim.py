@@ -36,8 +36,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
     optimizer.load_state_dict(saved)
     for group, values in zip(optimizer.param_groups, asked):
         group.update(values)
-    # Fused steps rely on tensors that are laid out as the parameter is, in the run that saved them maybe otherwise:
-    # --channels-last.
+    # Fused steps rely on state that is laid out in memory as its parameter is, which it may not be where it was saved
+    # (--channels-last).
     for p, state in optimizer.state.items():
         state.update((key, torch.empty_like(p).copy_(value)) for key, value in state.items()
                      if isinstance(value, torch.Tensor) and value.shape == p.shape)
