@@ -3,7 +3,6 @@
     torchrun main_distill.py /imagenet --arch mobilenet_v1 --distiller mgd
 """
 import argparse
-import sys
 
 import torch
 
@@ -25,6 +24,7 @@ from utils import checkpoint, distributed, setup, together
 from utils.args import SWITCH, base_parser, beyond_crop_and_flip, check, count, nonnegative
 from utils.data import Prepare, ResidentLoader, contents, load_data
 from utils.engine import evaluate, train_one_epoch
+from utils.errors import one_line
 from utils.learner import Learner
 from utils.optim import make_ema, make_optimizer, total_epochs
 from utils.randomness import seed_everything
@@ -67,31 +67,7 @@ def main():
         print(describe(DISTILLERS))
         return
     check(parser, args)
-    if len({*args.distiller}) < len(args.distiller):
-        parser.error('--distiller names a method twice')
-    if idle := drop_foreign(DISTILLERS, args.distiller, args):
-        parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
-    if args.mgd_with_kd:
-        if args.distiller != ['mgd']:
-            parser.error('--mgd-with-kd names the methods by itself: leave --distiller out')
-        args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
-    if args.logit_standardize and not any('logits' in (DISTILLERS[name].teacher_reads or ['logits'])
-                                          for name in args.distiller):
-        parser.error(f'--logit-standardize: --distiller {" ".join(args.distiller)} sees no logits')
-    if args.teacher_stream and args.compile not in (False, 'default'):
-        parser.error(f'--compile {args.compile}: CUDA graphs of both networks share memory, so --teacher-stream cannot '
-                     'let them work at the same time')
-    if args.cache_dir and args.cache_teacher == 'off':
-        parser.error('--cache-dir needs --cache-teacher lazy or full')
-    if args.cache_teacher != 'off':
-        if beyond := beyond_crop_and_flip(args) or ('--mixup, --cutmix' if args.mixup or args.cutmix else ''):
-            parser.error(f'--cache-teacher knows CIFAR images of 32 pixels, cropped and flipped, no more: {beyond}')
-        if needy := [name for name in args.distiller if not reads_outputs(DISTILLERS[name])]:
-            parser.error("--cache-teacher keeps a frozen teacher's logits and pooled features, but more is read by "
-                         f'--distiller {" ".join(needy)}')
-        if args.fold_teacher or args.teacher_amp or args.teacher_stream:
-            parser.error('--cache-teacher spares the teacher that --fold-teacher, --teacher-amp and --teacher-stream '
-                         'would make faster')
+    check_distillation(parser, args)
     distributed.launch(inspection.worker if args.inspect else worker, args)
 
 
@@ -129,7 +105,7 @@ def worker(args, device):
     student.image_size = teacher.image_size = args.image_size
     seed_everything(run.seed, 'distillers')
     names = [name for name in args.distiller if adapts(DISTILLERS[name]) or not args.evaluate]
-    try:
+    with one_line(f'{args.arch} under {args.teacher_arch}: '):  # a pair, or data, that a method cannot work with
         distillers = from_flags(DISTILLERS, names, args, student, teacher)
         distillation = Distillation(student, distributed.replicated(teacher, device, args), distillers, args.ce_weight,
                                     args.label_smoothing, args.logit_standardize).to(device)
@@ -142,8 +118,6 @@ def worker(args, device):
             distillation.stand_in = lean_teacher(distillation, teacher, device, args)
         if args.teacher_stream and not args.evaluate:
             distillation.teach_beside(device)
-    except ValueError as error:  # a pair, or data, that a method cannot work with
-        sys.exit(f'error: {args.arch} under {args.teacher_arch}: {error}')
     network = distillation.shipped()
     run.told = {'ce_weight': distillation.ce_weight,
                 'stages': {name: distiller.pairing for name, distiller in distillers.items() if distiller.pairing}}
@@ -206,6 +180,35 @@ def worker(args, device):
         run.end_epoch(evaluate(networks | {'student': distributed.replicated(run.shipped(), device, args)}, valid,
                                prepare, device, args))
     run.finish()
+
+
+def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """The same of methods, and of flags that do not go with them; --mgd-with-kd is spelt out in args."""
+    if len({*args.distiller}) < len(args.distiller):
+        parser.error('--distiller names a method twice')
+    if idle := drop_foreign(DISTILLERS, args.distiller, args):
+        parser.error(f'{", ".join(idle)}: of a method that --distiller ({" ".join(args.distiller)}) does not name')
+    if args.mgd_with_kd:
+        if args.distiller != ['mgd']:
+            parser.error('--mgd-with-kd names the methods by itself: leave --distiller out')
+        args.distiller, args.kd_temperature, args.kd_weight = ['mgd', 'kd'], 1.5, 1.0
+    if args.logit_standardize and not any('logits' in (DISTILLERS[name].teacher_reads or ['logits'])
+                                          for name in args.distiller):
+        parser.error(f'--logit-standardize: --distiller {" ".join(args.distiller)} sees no logits')
+    if args.teacher_stream and args.compile not in (False, 'default'):
+        parser.error(f'--compile {args.compile}: CUDA graphs of both networks share memory, so --teacher-stream cannot '
+                     'let them work at the same time')
+    if args.cache_dir and args.cache_teacher == 'off':
+        parser.error('--cache-dir needs --cache-teacher lazy or full')
+    if args.cache_teacher != 'off':
+        if beyond := beyond_crop_and_flip(args) or ('--mixup, --cutmix' if args.mixup or args.cutmix else ''):
+            parser.error(f'--cache-teacher knows CIFAR images of 32 pixels, cropped and flipped, no more: {beyond}')
+        if needy := [name for name in args.distiller if not reads_outputs(DISTILLERS[name])]:
+            parser.error("--cache-teacher keeps a frozen teacher's logits and pooled features, but more is read by "
+                         f'--distiller {" ".join(needy)}')
+        if args.fold_teacher or args.teacher_amp or args.teacher_stream:
+            parser.error('--cache-teacher spares the teacher that --fold-teacher, --teacher-amp and --teacher-stream '
+                         'would make faster')
 
 
 if __name__ == '__main__':

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 from utils.heap import keep_memory
 from utils.optim import make_optimizer
 from utils.run import git_revision
-from utils.setup import precision
+from utils.setup import device_name, precision
 
-from .harness import Settings, copy_rate, flop_counter, matmul_rate, timed
+from .harness import ROOT, Settings, copy_rate, flop_counter, matmul_rate, timed
 from .mgd_step import our_task, sizes_for, training_step
-from .run import ROOT, command, device_name, versions
+from .run import command, versions
 
 MARK = 'part: '
 

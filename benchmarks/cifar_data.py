@@ -49,8 +49,7 @@ def cifar_data(settings: Settings, images=512, batch=64, samples=50000, negative
 
     variants = {'views': Variant(all_views(ours)), 'plain views': Variant(all_views(plain), theirs=True),
                 'CRD batch': Variant(crd_batch), 'plain CRD batch': Variant(plain_crd_batch, theirs=True)}
-    skipped = peers.trouble(settings, peers.MDISTILLER)
-    if settings.peers and not skipped:
+    if peers.available(settings, peers.MDISTILLER):
         pixels = np.stack([np.asarray(source.load(i)[0]) for i in range(samples)])
         batches = iter(peers.mdistiller_crd_loader(settings, pixels, source.targets, batch, negatives))
 
@@ -66,4 +65,5 @@ def cifar_data(settings: Settings, images=512, batch=64, samples=50000, negative
         return Limit('pixels read as bytes and written as floats, negatives written, at the rate of a large copy',
                      {name: size / rate for name, size in moved.items()})
     return Case(variants, [Row('views', 'plain views', 5.0), Row('CRD batch', 'plain CRD batch', 8.0),
-                           Row('CRD batch', peers.MDISTILLER, 9.0)], limit=limit, skipped=skipped)
+                           Row('CRD batch', peers.MDISTILLER, 9.0)], limit=limit,
+                skipped=peers.trouble(settings, peers.MDISTILLER))

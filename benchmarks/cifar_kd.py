@@ -74,10 +74,10 @@ def our_step(settings: Settings, sizes: dict, amp='off', cached=False, graph=Fal
 
 def peer_steps(settings: Settings, sizes: dict) -> dict:
     makers = {peers.MDISTILLER: partial(peers.mdistiller_kd, names=(sizes['student'], sizes['teacher'])),
-              peers.TORCHDISTILL: peers.torchdistill_kd} if settings.peers else {}
+              peers.TORCHDISTILL: peers.torchdistill_kd}
     steps = {}
     for name, make in makers.items():
-        if not peers.trouble(settings, name):
+        if peers.available(settings, name):
             args = options(False, 'off')
             student, teacher, _, batch = ingredients(settings, args, **sizes)
             step = make(settings, student, teacher, batch=Prepare(args, settings.device)(batch))

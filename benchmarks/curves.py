@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from utils.run import git_revision
+from utils.setup import device_name
 
-from .run import ROOT, command, device_name, versions
+from .harness import ROOT
+from .run import command, versions
 
 LIMIT, SEEDS, EPOCHS, BATCH = 3.0, 5, 6, 40
 OPTIONS = ('--channels-last', '--amp bf16', '--fold-teacher', '--teacher-amp bf16', '--compile',

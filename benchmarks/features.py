@@ -34,7 +34,7 @@ def mv2_features(settings: Settings, size=224) -> Case:
     for name, features in (('one pass', single_pass), ('restarts', restarted_features)):
         network, x = network_and_images(settings, size, batch)
         variants[name] = Variant(forward_backward(network, features, x), theirs=features is restarted_features)
-    if settings.peers and not peers.trouble(settings):
+    if peers.available(settings):
         network, x = network_and_images(settings, size, batch)
         variants[peers.MGD] = Variant(forward_backward(peers.mobilenet_v2(settings, network), peers.features, x),
                                       theirs=True)

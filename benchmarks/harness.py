@@ -5,9 +5,12 @@ rounds of the ratio within a round. Each variant has a process there, so that me
 its own, and those that are ours treat memory as the scripts do. A GPU's time is taken by its events, over many steps;
 in fp32 its convolutions round to TF32, as PyTorch lets them, but not where results are compared.
 """
+import json
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -108,30 +111,38 @@ def measure(case: Case, settings: Settings, rounds: int) -> list[Outcome]:
     variants = {name: v for name, v in case.variants.items() if available(v.precision, settings.device)}
     rows = [row for row in case.rows if row.variant in variants and row.baseline in variants]
     variants = {name: v for name, v in variants.items() if any(name in (row.variant, row.baseline) for row in rows)}
-    order, steps = random.Random(0), dict.fromkeys(variants, 1)
+    if case.measures:
+        with full_float32():
+            kept = [{name: v.run() for name, v in variants.items()}]
+        errors = differences(rows, kept[0])
+    else:
+        errors, kept = in_rounds(variants, rows, settings, rounds)
+    samples = {name: [measured[name][0] for measured in kept] for name in variants}
+    return [Outcome(row, variants[row.variant].precision, samples[row.variant], samples[row.baseline], error)
+            for row, error in zip(rows, errors)]
 
+
+def in_rounds(variants: dict[str, Variant], rows: list[Row], settings: Settings, rounds: int) -> tuple[list, list]:
+    """The error of each row, and of each round what the variants took and came to."""
+    order, steps = random.Random(0), dict.fromkeys(variants, 1)
     with ExitStack() as processes:
-        ask = {name: (lambda _, run=v.run: run()) if case.measures else
-               processes.enter_context(ready(v, settings)) for name, v in variants.items()}
+        ask = {name: processes.enter_context(ready(v, settings)) for name, v in variants.items()}
 
         def one_round():
-            return {name: ask[name](steps[name]) for name in
-                    (variants if case.measures else order.sample(list(variants), len(variants)))}
+            return {name: ask[name](steps[name]) for name in order.sample(list(variants), len(variants))}
 
         with full_float32():
             first = one_round()
-        if settings.device.type == 'cuda' and not (case.measures or all(v.clock for v in variants.values())):
+        if settings.device.type == 'cuda' and not all(v.clock for v in variants.values()):
             torch.backends.cudnn.benchmark = True  # as the scripts have it
             one_round()
             for name, (ms, _) in one_round().items():
                 steps[name] = round(min(max(CUDA_MS / max(ms, 1e-3), 1), CUDA_STEPS))
             one_round()  # in it, what is recorded as a graph is recorded
-        errors = [difference(row, first[row.variant][1], first[row.baseline][1]) for row in rows]
-        kept = [first] if case.measures else [one_round() for _ in range(rounds)]
+        errors = differences(rows, first)
+        kept = [one_round() for _ in range(rounds)]
     torch.backends.cudnn.benchmark = False  # for a case's limit kernels are not worth a search
-    samples = {name: [measured[name][0] for measured in kept] for name in variants}
-    return [Outcome(row, variants[row.variant].precision, samples[row.variant], samples[row.baseline], error)
-            for row, error in zip(rows, errors)]
+    return errors, kept
 
 
 @contextmanager
@@ -190,10 +201,24 @@ def timed(run: Callable, device: torch.device, steps: int, clock=None) -> tuple[
     return start.elapsed_time(end) / steps, result
 
 
+def in_its_own_process(module: str, *given) -> Callable[[], tuple[float, dict]]:
+    """A function that calls main of a module in another process: with these as JSON, for a value and a loss as JSON."""
+    def run():
+        command = [sys.executable, '-c', f'import sys; from {module} import main; main(sys.argv[1])', json.dumps(given)]
+        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        value, loss = json.loads(answer)
+        return value, {'loss': loss}
+    return run
+
+
 def spent() -> float:
     """CPU seconds of this process, and of those it started that have ended."""
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + others.ru_utime + others.ru_stime
+
+
+def differences(rows: list[Row], measured: dict[str, tuple]) -> list[float]:
+    return [difference(row, measured[row.variant][1], measured[row.baseline][1]) for row in rows]
 
 
 def difference(row: Row, ours: dict, baseline: dict) -> float:

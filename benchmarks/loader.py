@@ -77,6 +77,7 @@ def loader(settings: Settings, images=1024, different=128, width=500, height=375
 
     def classic():
         colours = Colours()
+        # By kept, and not by folder: so the temporary folder stays as long as this function does.
         for seen, _ in plain_loader(Path(kept.name) / 'images' / 'train', batch, workers=1):
             colours.see(seen)
         return colours.result(*STATISTICS['imagefolder'], scale=255)

@@ -1,8 +1,6 @@
 """Peak memory of a training step of MGD, each variant in a process of its own."""
 import ctypes
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -13,7 +11,7 @@ from utils.heap import keep_memory
 from utils.setup import full_float32
 
 from . import peers
-from .harness import ROOT, Case, Row, Settings, Variant
+from .harness import Case, Row, Settings, Variant, in_its_own_process
 from .mgd_step import builders, sizes_for
 
 STEPS = 5
@@ -21,23 +19,14 @@ STEPS = 5
 
 def memory(settings: Settings, **sizes) -> Case:
     sizes = sizes_for(settings, sizes)
-    variants = {name: Variant(in_its_own_process(name, settings, sizes), kind)
+    given = str(settings.device), settings.threads, str(settings.peers or ''), sizes
+    variants = {name: Variant(in_its_own_process(__name__, name, *given), kind)
                 for name, (_, kind, _) in builders(settings, sizes).items()}
     rows = [Row('channels_last', 'plain', 0.9, 'share', tolerance=1e-4),
             Row('bf16 folded', 'plain', 0.5, 'share', tolerance=2e-2),
             Row('channels_last', peers.MGD, 0.45, 'share', tolerance=1e-4),
             Row('bf16 folded', peers.MGD, 0.3, 'share', tolerance=2e-2)]
     return Case(variants, rows, unit='MB', measures=True, skipped=peers.trouble(settings))
-
-
-def in_its_own_process(name: str, settings: Settings, sizes: dict):
-    def run():
-        given = json.dumps([name, str(settings.device), settings.threads, str(settings.peers or ''), sizes])
-        command = [sys.executable, '-c', 'import sys; from benchmarks.memory import main; main(sys.argv[1])', given]
-        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-        growth, loss = json.loads(answer)
-        return growth, {'loss': loss}
-    return run
 
 
 def growth_of(run, device: torch.device) -> tuple[float, float]:

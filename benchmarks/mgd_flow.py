@@ -38,7 +38,7 @@ def flow_tracking(settings: Settings, stages=STAGES, batch=32) -> Case:
         'plain': Variant(lambda: plain(features), theirs=True),
         'plain channels_last': Variant(lambda: plain(in_channels_last), theirs=True),
     }
-    if settings.peers and not peers.trouble(settings):
+    if peers.available(settings):
         variants[peers.MGD] = Variant(peers.tracking(settings, stages, features), theirs=True)
     rows = [Row('contiguous', 'plain', 2.5, tolerance=1e-6),
             Row('channels_last', 'plain channels_last', 1.8, tolerance=1e-6),
@@ -67,7 +67,7 @@ def flow_assignment(settings: Settings, sc=1024, g=2) -> Case:
         'ours': Variant(lambda: price(mgd.match(cost, g)), clock=spent),
         'plain': Variant(lambda: price(plain_assignment(cost.numpy(), g)), clock=spent, theirs=True),
     }
-    if settings.peers and not peers.trouble(settings):
+    if peers.available(settings):
         solve = peers.assignment(settings, cost, g)
         variants[peers.MGD] = Variant(lambda: price(solve()), clock=spent, theirs=True)
     rows = [Row('ours', baseline, 4.0, tolerance=1e-4) for baseline in ('plain', peers.MGD)]

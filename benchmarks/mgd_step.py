@@ -73,7 +73,7 @@ def arguments(channels_last=False, amp='off', fold=False, compile=False) -> Simp
 
 
 def training_step(task: Distillation, batch: Batch, args):
-    """As utils/engine.py does it."""
+    """As utils/learner.py does it, without its guard and without what is counted."""
     optimizer = make_optimizer(task, args)
 
     def run():
@@ -100,7 +100,7 @@ def builders(settings: Settings, sizes: dict) -> dict:
                           'bf16'),
     }
     others = {'plain': (lambda: plain_step(*ingredients(settings, **sizes)), 'fp32')}
-    if settings.peers and not peers.trouble(settings):
+    if peers.available(settings):
         peer_step = partial(peers.mgd_step, settings)
         others[peers.MGD] = lambda: peer_step(*ingredients(settings, **sizes)), 'fp32'
         others[PEER_BF16] = lambda: peer_step(*ingredients(settings, **sizes), amp='bf16'), 'bf16'

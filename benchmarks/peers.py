@@ -86,6 +86,11 @@ def trouble(settings: Settings, *names: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def available(settings: Settings, name: str = MGD) -> bool:
+    """Whether it was asked for and can be had."""
+    return settings.peers is not None and not trouble(settings, name)
+
+
 def folder(settings: Settings, name: str) -> Path:
     return settings.peers / name.partition('/')[2]
 

@@ -21,13 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import CASES, peers  # noqa: E402
-from benchmarks.harness import METRICS, Case, Limit, Mismatch, Outcome, Settings, measure  # noqa: E402
-from utils.run import git_revision  # noqa: E402
-from utils.setup import device_name  # noqa: E402
+from benchmarks import CASES, peers
+from benchmarks.harness import METRICS, ROOT, Case, Limit, Mismatch, Outcome, Settings, measure
+from utils.run import git_revision
+from utils.setup import device_name
 
 LINE = '{:<16} {:<20} {:<20} {:>5} {:>8} {:>8} {:>2} {:>9} {:>6} {:>13} {:>7}  {}'
 HEAD = LINE.format('case', 'variant', 'against', 'in', 'ours', 'baseline', '', '', 'median', 'IQR', 'goal', '')
@@ -58,7 +57,7 @@ def main(cases=CASES, arguments=None) -> int:
              'git': git_revision(), 'versions': versions()}
     if args.peers:
         facts['peers'] = {name: peers.revision(settings, name) for name in peers.PEERS
-                          if not peers.trouble(settings, name)}
+                          if peers.available(settings, name)}
     print(*(f'{key}: {value}' for key, value in facts.items()), sep='\n')
     print(f'\n{HEAD}', flush=True)
 

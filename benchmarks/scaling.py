@@ -1,8 +1,6 @@
 """A training step of MGD under DistributedDataParallel: the same global batch on more and more ranks."""
 import json
 import os
-import subprocess
-import sys
 import time
 from statistics import median
 
@@ -12,7 +10,7 @@ from distillers import Distillation
 from utils import distributed
 from utils.args import base_parser
 
-from .harness import ROOT, Case, Limit, Row, Settings, Variant
+from .harness import Case, Limit, Row, Settings, Variant, in_its_own_process
 from .mgd_step import arguments, ingredients, training_step
 
 STEPS = 8
@@ -23,7 +21,8 @@ def scaling(settings: Settings, ranks=(1, 2), steps=STEPS, **sizes) -> Case:
     there = torch.cuda.device_count() if settings.device.type == 'cuda' else os.cpu_count() // settings.threads
     sizes = {'teacher': 'resnet50', 'student': 'mobilenet_v1', 'size': 112, 'batch': settings.batch(16, 256)} | sizes
     enough = [n for n in ranks if n <= there]
-    variants = {named(n): Variant(on_ranks(n, settings, steps, sizes)) for n in enough}
+    given = settings.device.type, settings.threads, steps, sizes
+    variants = {named(n): Variant(in_its_own_process(__name__, n, *given)) for n in enough}
     rows = [Row(named(n), named(1), None, tolerance=0.1) for n in enough[1:]]
     skipped = tuple(f'{named(n)}: {there} fit on this machine' for n in ranks if n > there)
     return Case(variants, rows, measures=True, limit=lambda: Limit('as many times as there are ranks'), skipped=skipped)
@@ -31,16 +30,6 @@ def scaling(settings: Settings, ranks=(1, 2), steps=STEPS, **sizes) -> Case:
 
 def named(ranks: int) -> str:
     return f'{ranks} rank' + 's' * (ranks > 1)
-
-
-def on_ranks(number: int, settings: Settings, steps: int, sizes: dict):
-    def run():
-        given = json.dumps([number, settings.device.type, settings.threads, steps, sizes])
-        command = [sys.executable, '-c', 'import sys; from benchmarks.scaling import main; main(sys.argv[1])', given]
-        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-        milliseconds, loss = json.loads(answer)
-        return milliseconds, {'loss': loss}
-    return run
 
 
 def main(given: str):

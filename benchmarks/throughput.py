@@ -59,7 +59,7 @@ def fed(settings: Settings, **sizes) -> Case:
     @cache
     def update(name: str) -> dict:
         """Seconds of one, and of those the time without data."""
-        (student, kind), output = runs[name], Path(kept.name) / name
+        (student, kind), output = runs[name], Path(kept.name) / name  # by kept: the folder stays as long as this does
         command = [sys.executable, ROOT / 'main_distill.py', folders[kind], '--arch', student, '--teacher-arch',
                    of.teacher, '--teacher-resume', root / 'teacher.pth', '--distiller', 'mgd', '--image-size', of.size,
                    '--batch-size', of.batch, '--num-classes', 1000, '--epochs', 2, '--lr', 1e-3, '--pair-images',

@@ -17,7 +17,8 @@ STAGES, PYRAMID = ('res2', 'res3', 'res4', 'res5'), ('p2', 'p3', 'p4', 'p5', 'p6
 MAPS = dict.fromkeys(('mgd', 'ofd', 'ab', 'fitnet', 'at', 'nst', 'vid', 'kdsvd', 'fsp', 'ft'), STAGES)
 MAPS['reviewkd'] = PYRAMID
 LOGITS = ('kd', 'dkd', 'edkd')  # methods that compare logits: of the box head, on the student's proposals
-PREACT = ('mgd', 'ofd', 'ab', 'reviewkd')  # of those with maps, the ones that read them before their activation
+# of those with maps, the ones that read them before their activation
+PREACT = tuple(name for name in MAPS if 'preact' in DISTILLERS[name].teacher_reads)
 
 PUBLISHED = {  # for detectors, where the methods' own defaults are those of small images
     # 1 / 8 of the factors of MGD: its code divided by the number of GPUs, which was 8

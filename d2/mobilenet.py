@@ -21,10 +21,12 @@ class MobileNetV2(Backbone):
         self._out_feature_channels = {name: self.features[i].conv[-1].num_features for i, name in self.ends.items()}
         self._out_feature_strides = {name: 4 * 2 ** k for k, name in enumerate(self._out_features)}
         FrozenBatchNorm2d.convert_frozen_batchnorm(self)
-        for _, norm in self.named_modules():
-            norm.num_batches_tracked = None  # a frozen norm counts nothing
+        for module in self.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.num_batches_tracked = None  # it counts nothing
         if freeze_at:  # 1: the stem, 2: up to res2, ...
-            self.features[:[0, *self.ends][freeze_at - 1] + 1].requires_grad_(False)
+            last = 0 if freeze_at == 1 else [*self.ends][freeze_at - 2]
+            self.features[:last + 1].requires_grad_(False)
 
     def forward(self, x):
         stem, *blocks = self.features

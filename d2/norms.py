@@ -12,10 +12,11 @@ KINDS = ('BN', 'SyncBN', 'GN')
 
 
 def replace_last_norms(detector: nn.Module, kind: str) -> dict[str, nn.Module]:
-    """Exchange the norms of the last block of each stage that trains; names stay, so weights still load. The new ones.
+    """Exchange the norms of the last block of each stage that trains; returns the new ones by their names.
 
-    BN and SyncBN become, in a plain config, frozen norms that compute the same. GN cannot: a plain detector would load
-    it without a word and compute something else, so it marks the checkpoint with a key that is reported as unknown.
+    Their names stay, so weights still load. BN and SyncBN become, in a plain config, frozen norms that compute the
+    same. GN cannot: a plain detector would load it without a word and compute something else, so it marks the
+    checkpoint with a key that is reported as unknown.
     """
     bottom_up = bottom_up_of(detector)
     if kind not in KINDS or not isinstance(bottom_up, ResNet):

@@ -26,8 +26,8 @@ from torch.multiprocessing import ProcessExitedException
 from d2.build import Whole, build_detector, build_student, build_teacher, check_start, student_of
 from d2.config import Refused, arguments, default_config, teacher_config
 from d2.hooks import Epochs
+from models.errors import line
 from utils.checkpoint import fingerprint
-from utils.errors import line
 
 
 class Trainer(DefaultTrainer):

@@ -38,5 +38,5 @@ class AB(Distiller):
         return {'ab': self.weight * 0.003 * loss / len(s.logits)}
 
     def boundary(self, f_s, f_t):
-        side = 2.0 * (f_t > 0) - 1 + 0 * f_t  # what is not a number is on no side
+        side = 2.0 * (f_t > 0) - 1 + 0 * f_t  # NaN > 0 is False, so 0 * NaN has to keep it NaN
         return (self.margin - side * f_s).clamp(min=0).square().sum()

@@ -28,7 +28,7 @@ class Distiller(nn.Module):
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
     asks_student = True  # whether start_epoch looks at the student, too
-    teacher_kept = ''  # what it takes over from the second network before the first epoch, to go by it to the end
+    teacher_kept = ''  # what it reads of the teacher before the first epoch only; the teacher must not learn then
     pairing: list[tuple[int, int]] = []  # noqa: RUF012, the student's and the teacher's stages that forward compares
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
@@ -254,7 +254,7 @@ def z_scores(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.float()
     deviation = logits.std(1, keepdim=True)
     scores = (logits - logits.mean(1, keepdim=True)) / deviation.clamp(min=1e-6)
-    return torch.where(deviation <= 1e-6, 0.0, scores)  # so asked, what is not a number stays that
+    return torch.where(deviation <= 1e-6, 0.0, scores)  # NaN <= 1e-6 is False: NaN stays NaN
 
 
 def with_logits(x: Features, logits: torch.Tensor) -> Features:

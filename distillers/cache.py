@@ -36,8 +36,8 @@ from .base import OUTPUTS, probe
 
 HEADER, DTYPE = 4096, torch.float16
 ROWS_AT_ONCE = 2**13
-# Images that the teacher looks at are a multiple of the first number: few sizes to search the fastest kernels for, none
-# small enough for its own. They are no more than the second: its maps stay in a CPU's cache.
+# How many images the teacher looks at. A multiple of the first number: so there are few sizes to search the fastest
+# kernels for, and none so small that it has kernels of its own. At most the second: so a CPU's cache holds the maps.
 AT_ONCE = {'cpu': (16, 64), 'cuda': (128, 512)}
 SAVE_EVERY = 60  # seconds of filling in
 

@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from models.errors import line
 from utils import checkpoint, distributed, setup, together
 from utils.closely import now
 from utils.cost import cut, loading, measure, preparation, step
 from utils.data import Prepare, bad_allowed, contents, load_data
 from utils.engine import Supervised, parts
-from utils.errors import line
 from utils.folder import refuse_harm, take
 from utils.meters import hits
 from utils.optim import make_ema, make_optimizer

@@ -15,7 +15,7 @@ class PartialL2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s, t):
-        missing = torch.where((s <= t) & (t <= 0), s, t).sub_(s)  # so asked, what is not a number is missing
+        missing = torch.where((s <= t) & (t <= 0), s, t).sub_(s)  # NaN compares as False, so it gets into t - s
         ctx.save_for_backward(missing)
         return missing.square().sum()
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from models import NETWORKS, Foreign, Renormalised, blame, create_model, refuse_other_outputs
+from models import NETWORKS, Foreign, Renormalised, create_model, refuse_other_outputs
+from models.errors import blame, line
 from utils import checkpoint, distributed
-from utils.errors import line
+from utils.errors import one_line
 from utils.views import STATISTICS
 
 from . import DISTILLERS
@@ -80,14 +81,15 @@ def build_teacher(args, classes, pretrained=False, shows=False):
                  '--pretrained), and name its weights with --teacher-resume')
     network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
     tell_namesake(args.teacher_arch, args)
-    mean, std, size = published = images_of(network, args.image_size) or (*given, args.image_size)
-    if not pretrained:  # weights from a file need not be from where the network is
-        mean, std, size = *given, args.image_size
-        if published != (mean, std, size):
-            distributed.say(f'note: {args.teacher_arch} was published for images of mean {published[0]}, std '
-                            f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
-                            '--teacher-mean, --teacher-std, --teacher-size')
-    wanted, size = (tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)), args.teacher_size or size
+    of_student = (*given, args.image_size)
+    published = images_of(network, args.image_size) or of_student
+    if not pretrained and published != of_student:
+        distributed.say(f'note: {args.teacher_arch} was published for images of mean {published[0]}, std '
+                        f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
+                        '--teacher-mean, --teacher-std, --teacher-size')
+    mean, std, size = published if pretrained else of_student  # a file's weights need not be from where the network is
+    wanted = tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)
+    size = args.teacher_size or size
     try_out(network, args.teacher_arch, classes, f'--teacher-size {size}', size)
     if shows:
         network = showing(network, args.teacher_arch, classes, args.teacher_stages, size)
@@ -124,10 +126,8 @@ def showing(network, arch, classes, stages, image_size):
         if stages:
             sys.exit(f'error: {arch} has stages of its own; torchvision:NAME, timm:NAME and functions take others')
         return network
-    try:
+    with one_line(f'{arch}: '):
         network = Foreign(network, classes, stages, dict.fromkeys([224, image_size]))
-    except ValueError as error:
-        sys.exit(f'error: {arch}: {error}')
     distributed.say(f'{arch}: {network.told}')
     return network
 

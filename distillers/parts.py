@@ -129,7 +129,7 @@ def kl(z_t: Tensor, z_s: Tensor, temperature: float = 1.0) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1 along the last dimension; one of no length has no direction either: 0, and no gradient."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(length <= 1e-6, 0.0, x / length.clamp(min=1e-6))  # so asked, what is not a number stays that
+    return torch.where(length <= 1e-6, 0.0, x / length.clamp(min=1e-6))  # NaN <= 1e-6 is False: NaN stays NaN
 
 
 def row_pearson(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
 from types import MethodType
@@ -22,11 +21,11 @@ import torchvision
 from torch import nn
 
 from . import cifar, imagenet
+from .errors import blame, line
 from .features import Features
 from .foreign import Foreign, Renormalised, refuse_other_outputs
 
-__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'blame', 'create_model', 'model_names',
-           'refuse_other_outputs']
+__all__ = ['NETWORKS', 'Features', 'Foreign', 'Renormalised', 'create_model', 'model_names', 'refuse_other_outputs']
 
 NETWORKS = imagenet.NETWORKS | cifar.NETWORKS
 
@@ -80,7 +79,7 @@ def timm_network(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except RuntimeError as error:  # of weights that there are not
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(line(error)) from None
 
 
 def called(module: str, function: str, num_classes: int) -> nn.Module:
@@ -114,13 +113,6 @@ def find_function(module: str, function: str) -> Callable:
     if not callable(getattr(package, function)):
         raise ValueError(f'{function} of {package.__file__} is no function')
     return getattr(package, function)
-
-
-def blame(error: Exception) -> str:
-    """What went wrong in somebody's code, and in which line, in one line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f'{text} ({type(error).__name__} at {last.filename}:{last.lineno})'
 
 
 def build(name: str, num_classes: int, source: str = '') -> nn.Module:

@@ -4,16 +4,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Unfit(RuntimeError):
-    """What a network does in training and must not, in words for its owner."""
-
-
-def only_logits(made) -> Tensor:
-    if not isinstance(made, Tensor):
-        raise Unfit(f'in training the network returns a {type(made).__name__}, but it has to return its logits alone')
-    return made
-
-
 class Features(NamedTuple):
     """`model(x, features=True)`. Nothing in here may be changed in place, neither by the network nor by its reader.
 

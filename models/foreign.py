@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .features import Features, Unfit, only_logits
+from .errors import Unfit, line, only_logits
+from .features import Features
 
 INPUT, OUTPUT, LEFT = range(3)  # of a call; LEFT: its output as the rest of the network left it
 
@@ -87,6 +88,13 @@ class Note(NamedTuple):
     version: int | None = None  # how often it had been changed in place, if it must not be any more
 
 
+Notes = dict[str, list[list[Note]]]  # by the path of a module: of each of its calls those of INPUT, OUTPUT and LEFT
+
+
+def at(notes: Notes, tap: Tap) -> Note:
+    return notes[tap.path][tap.number][tap.what]
+
+
 class Foreign(Wrapper):
     """A network of another package. Its module paths are found by one forward pass of an image, or given.
 
@@ -105,8 +113,8 @@ class Foreign(Wrapper):
         image, logits, root, calls = trace(network, sizes, num_classes)
         last = find_classifier(calls, logits)
         self.classifier_path = last.path
-        self.tells_logits = isinstance(last.module, nn.Linear) and torch.equal(last.output, logits) and close(
-            F.linear(last.input, last.module.weight, last.module.bias), logits)
+        self.tells_logits = isinstance(last.module, nn.Linear) and torch.equal(last.output, logits) and (
+            nearly_equal(F.linear(last.input, last.module.weight, last.module.bias), logits))
         before = [call for call in calls if isinstance(call.module, _DropoutNd) and call.output is last.input]
         self.pooled = (before or [last])[-1].tap(INPUT)
         self.head = find_head(calls, mean(last.input))
@@ -126,7 +134,7 @@ class Foreign(Wrapper):
             if getattr(module, 'inplace', False):
                 module.inplace = False
         with torch.no_grad():
-            self.copied = self.changed(self.noted(image)[1])
+            self.copied = self.changed(self.observe(image)[1])
         for path in self.copied:
             network.get_submodule(path).copies = True
         for module, mode in modes:
@@ -155,17 +163,16 @@ class Foreign(Wrapper):
     def forward(self, x: Tensor, features: bool = False) -> Tensor | Features:
         if not features:
             return self.network(x)
-        logits, notes = self.noted(x)
+        logits, notes = self.observe(x)
         if spoiled := self.changed(notes):
             raise Unfit(f'the network changed in place what was seen at {", ".join(spoiled)}: name other stages')
-        pooled, *preact = (notes[tap.path][tap.number][tap.what].tensor for tap in (self.pooled, *self.preact))
-        maps = [notes[tap.path][tap.number][tap.what].tensor for tap in self.maps]
-        pooled = mean(pooled)
-        head = notes[self.head.path][self.head.number][LEFT].tensor if self.head else pooled[:, :, None, None]
+        pooled = mean(at(notes, self.pooled).tensor)
+        head = at(notes, self.head).tensor if self.head else pooled[:, :, None, None]
+        preact, maps = ([at(notes, tap).tensor for tap in taps] for taps in (self.preact, self.maps))
         return Features(logits, pooled, head, preact, maps)
 
-    def noted(self, x: Tensor) -> tuple[Tensor, dict[str, list[list[Note]]]]:
-        """The logits, and for each path the notes of each call by INPUT, OUTPUT and LEFT."""
+    def observe(self, x: Tensor) -> tuple[Tensor, Notes]:
+        """A forward pass: the logits, and the notes of it."""
         modules = {path: self.network.get_submodule(path) for path in self.paths}
         for path, module in modules.items():
             if not hasattr(module, 'copies'):  # in the first pass, and where a norm was folded or made one of all ranks
@@ -179,23 +186,23 @@ class Foreign(Wrapper):
             module.notes = None
         return logits, notes
 
-    def changed(self, notes: dict[str, list[list[Note]]]) -> list[str]:
+    def changed(self, notes: Notes) -> list[str]:
         """Paths of the tensors that were changed in place since they were noted."""
-        seen = ((tap.path, notes[tap.path][tap.number][tap.what]) for tap in self.taps())
+        seen = ((tap.path, at(notes, tap)) for tap in self.taps())
         return sorted({path for path, (tensor, before) in seen if before is not None and tensor._version != before})
 
 
 def note_input(module: nn.Module, inputs):
     if module.notes is not None:
-        module.notes.append([noted(module, inputs[0] if inputs else None)])
+        module.notes.append([note_of(module, inputs[0] if inputs else None)])
 
 
 def note_output(module: nn.Module, inputs, output):
     if module.notes is not None:
-        module.notes[-1] += [noted(module, output), Note(output)]
+        module.notes[-1] += [note_of(module, output), Note(output)]
 
 
-def noted(module: nn.Module, x) -> Note:
+def note_of(module: nn.Module, x) -> Note:
     """Compiled, a network does what it did before, and has no versions."""
     if not isinstance(x, Tensor):
         return Note(x)
@@ -243,8 +250,8 @@ def trace(network: nn.Module, sizes, num_classes: int) -> tuple[Tensor, Tensor, 
             refuse_other_outputs(logits, num_classes)  # of a larger image some make several rows, by view(-1, channels)
             return image, logits, root, calls
         except Exception as error:  # of somebody's forward()
-            trouble = str(error).strip().splitlines() or [type(error).__name__]
-    raise ValueError(f'it does not take images of {" or ".join(map(str, sizes))} pixels: {trouble[0]}')
+            trouble = line(error)
+    raise ValueError(f'it does not take images of {" or ".join(map(str, sizes))} pixels: {trouble}')
 
 
 @torch.no_grad()
@@ -292,9 +299,10 @@ def trunk(call: Call):
 
 
 def found(root: Call, image_side: int, classifier: Call) -> list[Call]:
-    """The last of each size, without poolings, up to the classifier.
+    """The last call of each size of maps before the classifier, but of sizes at which nothing has parameters.
 
-    The stem's size counts where blocks work at it, and it is not half the image's.
+    The first size is the stem's. It is that of a stage only where blocks follow the stem at it, and where it is not
+    half the image's.
     """
     groups = {}
     for call in trunk(root):
@@ -313,9 +321,9 @@ def named(network: nn.Module, root: Call, calls: list[Call], stages: list[str]) 
         of_path = [call for call in calls if call.path == path]
         if not of_path or not isinstance(of_path[-1].output, Tensor) or of_path[-1].output.ndim != 4:
             known = path in dict(network.named_modules())
-            close = get_close_matches(path, [call.path for call in calls if side(call.output)], 3)
+            alike = get_close_matches(path, [call.path for call in calls if side(call.output)], 3)
             raise ValueError(f'{path} {"shows no map" if known else "is none of its modules"}; stages could be '
-                             + ', '.join(dict.fromkeys([*close, *could])))
+                             + ', '.join(dict.fromkeys([*alike, *could])))
         ends.append(of_path[-1])
     return sorted(ends, key=lambda call: call.ended)
 
@@ -359,7 +367,7 @@ def mean(x: Tensor) -> Tensor:
     return x.mean((2, 3)) if x.ndim == 4 else x
 
 
-def close(x: Tensor, y: Tensor) -> bool:
+def nearly_equal(x: Tensor, y: Tensor) -> bool:
     """Up to the order of sums."""
     return torch.allclose(x, y, rtol=1e-3, atol=1e-5 * y.abs().max().item())
 
@@ -369,6 +377,6 @@ def find_head(calls: list[Call], pooled: Tensor) -> Tap | None:
     for call in reversed(calls):
         f = call.output
         if (isinstance(f, Tensor) and f.ndim == 4 and f.shape[1] == pooled.shape[1] and f.shape[2:].numel() > 1
-                and not isinstance(call.module, _DropoutNd) and close(f.mean((2, 3)), pooled)):
+                and not isinstance(call.module, _DropoutNd) and nearly_equal(f.mean((2, 3)), pooled)):
             return call.tap(LEFT)
     return None

@@ -46,11 +46,16 @@ def spelt_out(flags: list[str]) -> list[str]:
         words += [word] if lines is None else [w for line in lines for w in parser.convert_arg_line_to_args(line)]
     words = [part for word in words  # --use-pretrained=1 as two words
              for part in (word.split('=', 1) if word.startswith('--use-pretrained=') else [word])]
-    while '--use-pretrained' in words:
-        at = words.index('--use-pretrained')
-        value = words[at + 1:at + 2]
-        words[at:at + 1 + (value in (['0'], ['1']))] = ['--pretrained'] * (value != ['0'])
-    return words
+    spelt = []
+    while words:
+        word = words.pop(0)
+        if word != '--use-pretrained':
+            spelt.append(word)
+            continue
+        value = words.pop(0) if words and words[0] in ('0', '1') else '1'
+        if value == '1':
+            spelt.append('--pretrained')
+    return spelt
 
 
 def of_student(flags: list[str]) -> list[str]:

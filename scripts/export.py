@@ -24,13 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distillers import DISTILLERS, Distillation, from_flags
 from distillers.networks import build
 from models import NETWORKS
+from models.errors import line
 from utils import checkpoint, distributed, signals
 from utils.args import base_parser
-from utils.data import STATISTICS, Batch, CenterView, Images, PlainView, Prepare, load_source, make_loader
+from utils.data import Batch, Images, Prepare, make_loader
 from utils.engine import evaluate
-from utils.errors import line
+from utils.errors import one_line
 from utils.folder import FILES
 from utils.order import EvalOrder, spread
+from utils.sources import load_source
+from utils.views import STATISTICS, CenterView, PlainView
 
 SUFFIX = {'safetensors': '.safetensors', 'torch': '.pth', 'onnx': '.onnx', 'pt2': '.pt2'}
 NEEDS = {'safetensors': ['safetensors'], 'onnx': ['onnx', 'onnxscript']}
@@ -123,10 +126,8 @@ def find(path: Path):
     path = path / 'best.pth' if path.is_dir() else path
     if path.name == 'teacher.pth':
         sys.exit(f'error: {path} learned beside the student of the run, which is what is exported: name {path.parent}')
-    try:
+    with one_line():
         content = checkpoint.read(path)
-    except ValueError as error:
-        sys.exit(f'error: {error}')
     try:
         noted = {name: json.loads(file.read_text()) for name in ('args', 'result', 'start')
                  if (file := path.parent / f'{name}.json').is_file()}
@@ -140,10 +141,8 @@ def find(path: Path):
     except (KeyError, TypeError, AttributeError, ValueError):
         sys.exit(f'error: {path} does not say which network it is, and no args.json of a run lies beside it: name the '
                  'folder of a run, or a .pth file in it')
-    try:
+    with one_line():
         return path, content, record['arguments']['num_classes'] or checkpoint.outputs_of(content, path), record
-    except ValueError as error:
-        sys.exit(f'error: {error}')
 
 
 def name_classes(there, known, outputs, args) -> list[str]:

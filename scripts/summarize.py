@@ -78,11 +78,11 @@ def groups(runs, *keys):
 
 def check(runs, tables):
     """Refuse to compare what was not trained alike."""
-    for cell in groups(runs, 'table', 'method', 'pair').values():
-        for run in cell[1:]:
-            one, other = (protocol(r) for r in (cell[0], run))
-            agree(cell[0], run, [key for key in one.keys() & other.keys() if one[key] != other[key]])
-        for same in groups(cell, 'seed').values():
+    for of_cell in groups(runs, 'table', 'method', 'pair').values():
+        for run in of_cell[1:]:
+            one, other = (protocol(r) for r in (of_cell[0], run))
+            agree(of_cell[0], run, [key for key in one.keys() & other.keys() if one[key] != other[key]])
+        for same in groups(of_cell, 'seed').values():
             if len(same) > 1:
                 refuse(f'{same[0]["path"]} and {same[1]["path"]} have the same seed: {APART}')
     own = {table['runs'] for table in tables if table.get('own_recipes')}
@@ -133,8 +133,8 @@ def cell(paper, epoch, epochs, runs):
     return f'{text}, {mean(ours[epoch]) - paper:+.2f}' if comparable else text
 
 
-def network(method, pair):
-    """What of a pair a row is about: base and teachers are about one of the networks."""
+def key_of(method, pair):
+    """Which runs a row has under a pair: base and teachers are about one of the networks."""
     teacher, _, student = pair.rpartition('-')
     return {'base': ('base', student), 'teachers': ('base', teacher)}.get(method, (method, pair))
 
@@ -156,7 +156,7 @@ def show(table, sources, runs):
     for method, label, source, papers in [*table['rows'], *more.values()]:
         epoch = sources[source]['epoch'] if source else 'last'
         lines.append([label, f'`{method}`', source or '-', *(
-            cell(paper, epoch, table['epochs'], cells.get(network(method, pair)))
+            cell(paper, epoch, table['epochs'], cells.get(key_of(method, pair)))
             for pair, paper in zip(table['pairs'], papers))])
     print(f'### {table["title"]}\n')
     print('\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n')

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from plot import STYLE, matplotlib, plt
-from tsne import torch, tsne
+from tsne import tsne
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

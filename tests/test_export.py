@@ -19,7 +19,7 @@ import model_card
 
 from models import create_model
 from utils.args import base_parser
-from utils.data import STATISTICS
+from utils.views import STATISTICS
 
 FLAGS = ['--epochs', '1', '--lr', '0.01']
 

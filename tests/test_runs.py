@@ -18,7 +18,7 @@ from conftest import ROOT, arguments, assert_close, assert_same, at_call, write_
 
 import main_base
 from models import create_model
-from models.features import Unfit
+from models.errors import Unfit
 from utils import checkpoint, distributed, engine, errors, folder, signals
 from utils.data import Images
 from utils.engine import Supervised
@@ -476,7 +476,7 @@ def test_more_memory_than_there_is_and_a_master_that_is_not(base, images, tmp_pa
 def test_words_for_what_others_bury():
     """In the last line of a replica, behind NCCL's own numbers, in a loader process."""
     args = argparse.Namespace(dist_timeout=60)
-    buried = 'Caught Unfit in replica 0 on device 0.\nOriginal Traceback\nmodels.features.Unfit: it returns a tuple'
+    buried = 'Caught Unfit in replica 0 on device 0.\nOriginal Traceback\nmodels.errors.Unfit: it returns a tuple'
     for text in 'it returns a tuple', buried:
         assert errors.in_words(Unfit(text), 0, args) == 'it returns a tuple'
     nccl = RuntimeError('NCCL error in: NCCLUtils.cpp:77, unhandled system error\nLast error:\nno space on\n/dev/shm')

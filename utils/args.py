@@ -286,7 +286,7 @@ def several_processes(args) -> dict[str, bool]:
     """What asks for them, and whether it is there."""
     from . import distributed  # and with it PyTorch, which scripts that read these flags alone can do without
     return {'--world-size': args.world_size > 1, '--multiprocessing-distributed': args.multiprocessing_distributed,
-            'torchrun': distributed.under_torchrun()}
+            'torchrun': distributed.under_torchrun(args)}
 
 
 def check_graph(parser, args):

@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import line
+from models.errors import line
+
+from .errors import one_line
 
 FORMAT = 1
 LAYOUTS = ('model', 'student', 'state_dict', 'model_state', 'model_state_dict', 'net')  # where files keep the weights
@@ -207,18 +209,14 @@ def by_own_names(network: nn.Module, weights: dict) -> dict:
 
 def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
     """Load the weights in a file's content, or end the run in one line."""
-    try:
+    with one_line():
         fit(network, by_own_names(network, weights_of(content, path)), path, named)
-    except ValueError as error:
-        sys.exit(f'error: {error}')
 
 
 def load_weights(network: nn.Module, path, named: str = 'the network', classes: list[str] | None = None):
     """classes: of the data, in the order of the outputs; weights that are known to be of others are refused."""
-    try:
+    with one_line():
         content = read(Path(path))
-    except ValueError as error:
-        sys.exit(f'error: {error}')
     refuse_other_classes(content, Path(path), classes)
     fill(network, content, path, named)
 

@@ -10,7 +10,7 @@ import torch
 
 from . import distributed
 
-LABELS = {'ce', 'ce_teacher'}  # the losses that are theirs
+LABELS = {'ce', 'ce_teacher'}  # names of the losses that come from the labels
 LOOKS, APART = 4, 50  # per epoch, and updates between two: a look costs a backward pass through the student
 
 _looking = None  # the Closely whose update is looked at now

@@ -54,7 +54,8 @@ def loading(train, args, device) -> tuple:
         first = first or batch
         if times[-1] - times[0] > PATIENCE / 2:
             break
-    warm = times[ahead if len(times) > ahead + 1 else 0:]  # behind those that all workers, or the device, begin with
+    # The first ones say nothing: all workers, or the device, made them at the same time.
+    warm = times[ahead if len(times) > ahead + 1 else 0:]
     return first, (warm[-1] - warm[0]) / (len(warm) - 1)
 
 
@@ -66,7 +67,9 @@ def step(batch, task, images, prepare, optimizer, scaler, ema, run, device, args
         train_one_epoch(Learner(task, optimizer, scaler, device, args), again, prepare, ema, run, device, args)
     parts = percentages(run.progress['sums'])['update']
     whole = median(b - a for a, b in pairwise([*again.times[-2:], now(device)]))  # behind the one looked at closely
-    slower = max(sum(parts.values()) / whole, 1)  # than the others, was the one looked at: something else was at work
+    # The parts are of a single update. Where they add up to more than the others took, the machine was busy with
+    # something else, and they are scaled to these.
+    slower = max(sum(parts.values()) / whole, 1)
     parts = {name: seconds / slower for name, seconds in parts.items()}
     return parts | {'rest': max(whole - sum(parts.values()), 0.0), 'step': whole}
 

@@ -150,7 +150,7 @@ class CropLoader(ResidentLoader):
 
 
 def bad_allowed(args, images: int) -> int:
-    """Unreadable ones of so many training images in an epoch."""
+    """How many of so many training images an epoch may find unreadable."""
     return max(images // 1000, 1) if args.max_bad_images is None else args.max_bad_images
 
 
@@ -212,13 +212,16 @@ class TrainData:
         return getattr(self.loader, 'resident', None) or Resident(self.images.source, device, self.images.view.padding)
 
 
-def collate(samples: list[Batch], join=default_collate) -> Batch:
+def collate(samples: list[Batch], join) -> Batch:
     images, *others = zip(*samples)
     return Batch(stack(images, join), *map(default_collate, others))
 
 
 def make_loader(images, order, args):
-    """Of those for training, the images of a batch are there until the loop has asked for an update's batches more."""
+    """A DataLoader of these images. In training, those of an update stay until the batches of the next are asked for.
+
+    Then loader processes write others into the same memory (slots.py).
+    """
     warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores, which load_data told
     # Said explicitly, as a spawned rank would spawn its workers too, and each would import torch anew.
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
@@ -275,8 +278,8 @@ def why_not(train, device) -> str:
 
 def contents(train: TrainData | None, valid) -> str:
     """What a run on these images is tied to: their number, and a hash of their names and classes."""
-    sources, digest = [valid.dataset.source], hashlib.sha256()
-    sources = [train.images.source, *sources] if train else sources
+    sources = ([train.images.source] if train else []) + [valid.dataset.source]
+    digest = hashlib.sha256()
     for source in sources:
         root = str(getattr(source, 'root', ''))  # a copy elsewhere is the same
         made = manifest(Path(root).parent) if root else {}  # a copy by prepare.py is not what it was made from
@@ -286,10 +289,11 @@ def contents(train: TrainData | None, valid) -> str:
     return f'{" + ".join(f"{len(source):,}" for source in sources)} images {digest.hexdigest()[:16]}'
 
 
-def load_data(args, seed: int, device: torch.device):
-    """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
-    valid = together.shared('valid', lambda: load_source(args, train=False))
-    train = None if args.evaluate else together.shared('train', lambda: load_source(args, train=True))
+def check_classes(train, valid, args):
+    """End where both parts have not the same classes, or the network has fewer outputs; tell what is odd of them.
+
+    train: None with --evaluate
+    """
     if train is not None and train.classes != valid.classes:
         only = [f'{c} is only in {where}' for where, these, those in
                 (('train', train.classes, valid.classes), ('valid', valid.classes, train.classes))
@@ -302,6 +306,13 @@ def load_data(args, seed: int, device: torch.device):
                         f'{", ".join(valid.classes[:4])}, ...; weights from elsewhere may have been trained otherwise')
     if args.num_classes and args.num_classes < len(valid.classes):
         sys.exit(f'error: --num-classes {args.num_classes}, but the data has {len(valid.classes)} classes')
+
+
+def load_data(args, seed: int, device: torch.device):
+    """The training data (None with --evaluate), a loader for the evaluation, and the class names."""
+    valid = together.shared('valid', lambda: load_source(args, train=False))
+    train = None if args.evaluate else together.shared('train', lambda: load_source(args, train=True))
+    check_classes(train, valid, args)
     rank, world, batch = distributed.rank(), distributed.world(), global_batch(args)
     if batch < world:
         sys.exit(f'error: a batch of {batch} is smaller than the number of ranks, {world}')
@@ -309,21 +320,26 @@ def load_data(args, seed: int, device: torch.device):
     folder = args.dataset == 'imagefolder'
     plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
 
-    def loaders(source, *views_and_orders):
-        if not resident or (folder and source is valid):
-            return [make_loader(Images(source, view), order, args) for view, order in views_and_orders]
+    @cache
+    def held(source):
+        """Its images on the device, once for all its loaders."""
         if folder:
-            held = together.shared('images', lambda: ResidentImages(source, device, args.workers))
-            (view, order), (_, sample) = views_and_orders
-            return CropLoader(Images(source, view), order, held), make_loader(Images(source, plain), sample, args)
-        held = together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
-        return [ResidentLoader(Images(source, view), order, held, Prepare(args, device))
-                for view, order in views_and_orders]
+            return together.shared('images', lambda: ResidentImages(source, device, args.workers))
+        return together.shared(('resident', source is train), lambda: Resident(source, device, args.crop_padding))
+
+    def load(source, view, order):
+        images = Images(source, view)
+        if not resident or (folder and view is plain):  # what an evaluation sees of a folder is PIL's
+            return make_loader(images, order, args)
+        if folder:
+            return CropLoader(images, order, held(source))
+        return ResidentLoader(images, order, held(source), Prepare(args, device))
 
     at_once = max(share, EVALUATED) if resident and not folder else share
-    evaluation, = loaders(valid, (plain, EvalOrder(range(len(valid)), at_once, rank, world)))
-    if train:
-        view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
-        order = TrainOrder(len(train), batch, args.accum_steps, seed, rank, world)
-        train = TrainData(*loaders(train, (view, order), (plain, EvalOrder([], share, rank, world))))
-    return train, evaluation, valid.classes
+    evaluation = load(valid, plain, EvalOrder(range(len(valid)), at_once, rank, world))
+    if train is None:
+        return None, evaluation, valid.classes
+    view = CropView(args, seed) if folder else ShiftView(args, seed, len(train))
+    order = TrainOrder(len(train), batch, args.accum_steps, seed, rank, world)
+    loaders = load(train, view, order), load(train, plain, EvalOrder([], share, rank, world))
+    return TrainData(*loaders), evaluation, valid.classes

@@ -39,30 +39,32 @@ def launch(worker, args):
     if args.gpu is not None and args.gpu >= torch.cuda.device_count():
         sys.exit(f'error: --gpu {args.gpu} is asked for, but {torch.cuda.device_count()} GPUs are visible')
     ranks, nodes = planned(args)
-    by_hand = under_torchrun() and not {'LOCAL_RANK', 'LOCAL_WORLD_SIZE'} <= os.environ.keys()
-    if by_hand and ranks > 1 and not args.multiprocessing_distributed:
+    by_hand = under_torchrun(args) and not {'LOCAL_RANK', 'LOCAL_WORLD_SIZE'} <= os.environ.keys()
+    if by_hand and ranks > 1:
         sys.exit('error: WORLD_SIZE is set, as by torchrun, but not LOCAL_RANK and LOCAL_WORLD_SIZE, the number of '
                  'this process on its node and of processes there: set them, too, or unset WORLD_SIZE and RANK')
     if args.inspect:  # one process looks at what the ranks would do
         if int(os.environ.get('RANK', args.rank)) <= 0:
             _run(worker, args)
-    elif under_torchrun() and not args.multiprocessing_distributed:
-        _run(worker, args, int(os.environ['RANK']), ranks, int(os.environ.get('LOCAL_RANK', 0)), 'env://', nodes)
+    elif under_torchrun(args):
+        _run(worker, args, rank=int(os.environ['RANK']), world=ranks, local=int(os.environ.get('LOCAL_RANK', 0)),
+             url='env://', nodes=nodes)
     elif args.multiprocessing_distributed:
         _spawn(worker, args, ranks // nodes)
     elif args.world_size > 1:  # as in pytorch/examples: every process is started by hand
-        _run(worker, args, args.rank, ranks, args.gpu or 0, args.dist_url, nodes)
+        _run(worker, args, rank=args.rank, world=ranks, local=args.gpu or 0, url=args.dist_url, nodes=nodes)
     else:
         _run(partial(together.train, partial(_one_of_several, worker)) if args.seeds else worker, args)
 
 
-def under_torchrun() -> bool:
-    return 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+def under_torchrun(args) -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process as a rank."""
+    return {'RANK', 'WORLD_SIZE'} <= os.environ.keys() and not args.multiprocessing_distributed
 
 
 def planned(args) -> tuple[int, int]:
     """How many ranks on how many nodes."""
-    if under_torchrun() and not args.multiprocessing_distributed:
+    if under_torchrun(args):
         ranks = int(os.environ['WORLD_SIZE'])
         return ranks, ranks // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     nodes = max(args.world_size, 1)
@@ -91,7 +93,7 @@ def _spawn(worker, args, per_node):
 
 def _spawned(local, worker, args, node, nodes, per_node, url):
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which forwards it: once, not twice
-    _run(worker, args, node * per_node + local, nodes * per_node, local, url, nodes)
+    _run(worker, args, rank=node * per_node + local, world=nodes * per_node, local=local, url=url, nodes=nodes)
 
 
 def _free_port():
@@ -214,7 +216,7 @@ def agree(*numbers: int) -> list[int]:
     return total(torch.tensor(numbers, dtype=torch.int64)).tolist() if world() > 1 else [*numbers]
 
 
-def gather_rows(rows: torch.Tensor, counts: bool = True) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, counts: bool) -> torch.Tensor:
     """[n, ...] of every rank -> [N, ...] in the order of the global batch, of which ranks hold every world-th sample.
 
     For a loss over the relations of all samples, computed alike on every rank: the gradients of all ranks are summed,
@@ -301,8 +303,8 @@ def wrap(task, device, args):
     if dist.is_initialized():
         new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # from torch 2.15 on
         buffers = 'forward_sync_buffers' if new else 'broadcast_buffers'
-        # Without device_ids: told of a device, it would bring there what of a batch is on the host, and wait for it.
-        # Without static_graph: its buckets are laid out anew after the first pass as they are.
+        # No device_ids: with them DDP would copy the parts of a batch that stay on the host to the device, and wait.
+        # No static_graph: DDP arranges its buckets by the first backward pass without it, too.
         return DistributedDataParallel(task, gradient_as_bucket_view=True, **{buffers: False})
     task.student = replicated(task.student, device, args)
     return task

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.features import only_logits
+from models.errors import only_logits
 
 from . import distributed, signals, together
 from .closely import Closely, timed

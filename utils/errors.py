@@ -1,14 +1,21 @@
 """Errors of the device, of loaders, of compilers and of other ranks, in words for the user."""
 import re
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from models.features import Unfit
+from models.errors import Unfit, line
 
 
-def line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextmanager
+def one_line(what: str = ''):
+    """A ValueError inside, which is in words for the user, ends the run in one line. what: said before them."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f'error: {what}{error}')
 
 
 def in_words(error: Exception, rank: int, args) -> str:

@@ -102,17 +102,22 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
 
 
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:
-    """The weights of the best epoch, from the folder of the run that this one goes on from; None if they are gone.
+    """Bring the weights of the best epoch from the folder of the run that this one goes on from; None if they are gone.
 
-    They are gone where a later epoch has left better ones, but was killed before its checkpoint. Of older runs, which
-    have no hash of them, result.json tells: it is written behind them, of these or of others.
+    Better ones of a later epoch have taken their place where the run was killed before its checkpoint told of these.
+    They are known by their hash. Older runs have none: there result.json, which is written after best.pth, tells whose
+    weights these are.
     """
     weights, told = source / 'best.pth', source / 'result.json'
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        if checkpoint.fingerprint(checkpoint.read(weights)) == best['weights'] if 'weights' in best else (
-                json.loads(told.read_text())['best'] == best and weights.stat().st_mtime <= told.stat().st_mtime):
-            if source.resolve() != target.resolve():
-                checkpoint.write(target / 'best.pth', weights.read_bytes())
+        if 'weights' in best:
+            there = checkpoint.fingerprint(checkpoint.read(weights)) == best['weights']
+        else:
+            of_same_epoch = json.loads(told.read_text())['best'] == best
+            there = of_same_epoch and weights.stat().st_mtime <= told.stat().st_mtime
+        if there and source.resolve() != target.resolve():
+            checkpoint.write(target / 'best.pth', weights.read_bytes())
+        if there:
             return best
     print(f'note: {source} does not hold the weights of epoch {best["epoch"]}, the best so far: best.pth will be that '
           'of a later one', file=sys.stderr)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.errors import line
+
 WARM_UP = 3  # calls before: kernels are chosen in them, and all is allocated that will stay
 
 _drawn = None  # event on the device: the last of the graphs that draw is over
@@ -37,18 +39,21 @@ class Recorded:
 
 
 def record(function: Callable) -> tuple[Callable, list[Tensor]]:
-    """What does again what the function has the device do, and where its results will be; nothing is done yet."""
+    """Record what the function asks of the device, which is not done yet.
+
+    Returns a function that has it done, and the tensors where its results are then.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     generator = torch.cuda.default_generators[stream.device.index]
-    # The default stream cannot be recorded. Another one is of a run beside others, whose libraries must not share the
-    # memory that they have for each stream. Loaders pin memory in other threads.
+    # The default stream cannot be recorded; for None torch takes one that it keeps for graphs. A run beside others has
+    # a stream of its own, and is recorded there: libraries have memory for each stream, which runs must not share.
+    # thread_local: meanwhile, threads of loaders may pin memory.
     recorded = stream if stream != torch.cuda.default_stream() else None
     try:
         with torch.cuda.graph(graph, stream=recorded, capture_error_mode='thread_local'):
             results = function()
     except RuntimeError as error:
-        sys.exit(f'error: --cuda-graph: not all of an update can be recorded ({str(error).splitlines()[0]}); leave it '
-                 'out')
+        sys.exit(f'error: --cuda-graph: not all of an update can be recorded ({line(error)}); leave it out')
 
     def replay():
         """All graphs read the seed of what they draw in one place: those that draw come one after the other."""

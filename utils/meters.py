@@ -10,7 +10,8 @@ import torch
 
 from . import distributed
 
-# Of an update on average: seconds, and those without data; seconds of its parts; how hard labels and distillation pull
+# Sums that are told as means over updates. time/: seconds, and those without data; update/: seconds of its parts;
+# balance/: norms of the gradients of labels and of distillation, and the cosine between them
 KINDS = ('time/', 'update/', 'balance/')
 
 

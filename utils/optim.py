@@ -9,7 +9,7 @@ from .setup import compiled
 
 
 def make_optimizer(task: nn.Module, args) -> torch.optim.Optimizer:
-    """Those that can be told on the device to leave out an update (see guard.py): the fused ones, and DOT."""
+    """One that leaves out an update where a tensor on the device says so (guard.py), as fused optimizers and DOT do."""
     parameters = [p for p in task.parameters() if p.requires_grad]
     if args.no_bias_decay:
         groups = [{'params': [p for p in parameters if p.ndim > 1]},
@@ -28,6 +28,19 @@ def make_optimizer(task: nn.Module, args) -> torch.optim.Optimizer:
         for p in parameters:
             optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
+    """Its state from a checkpoint; its hyper-parameters stay those of the command line."""
+    asked = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, asked):
+        group.update(values)
+    # Fused steps rely on state that is laid out in memory as its parameter is, which it may not be where it was saved
+    # (--channels-last).
+    for p, state in optimizer.state.items():
+        state.update((key, torch.empty_like(p).copy_(value)) for key, value in state.items()
+                     if isinstance(value, torch.Tensor) and value.shape == p.shape)
 
 
 def total_epochs(args) -> int:

@@ -58,9 +58,6 @@ class EvalOrder(Sampler):
         for begin in range(0, len(mine), self.batch):
             yield [(0, index) for index in mine[begin:begin + self.batch]]
 
-    def __len__(self):
-        return -(-len(self.samples[self.rank::self.world]) // self.batch)
-
 
 def spread(n: int, k: int) -> list[int]:
     """k of n numbers, evenly, or all of fewer."""

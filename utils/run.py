@@ -29,11 +29,14 @@ from . import checkpoint, distributed, folder, signals
 from .args import NEUTRAL
 from .data import global_batch
 from .engine import EXIT_BROKEN
+from .errors import one_line
 from .meters import percentages
-from .optim import learning_rate, total_epochs
+from .optim import learning_rate, load_optimizer, total_epochs
 from .setup import device_name
 
-APART = 10  # seconds: epochs that are shorter share their files. A kill costs them and the one under way, a signal none
+# Seconds between two writings of files: of shorter epochs several are written at once. A run that is killed loses what
+# is not written yet, one that a signal stops loses nothing.
+APART = 10
 
 
 class Run:
@@ -60,36 +63,16 @@ class Run:
         if own and args.resume != 'auto':
             print(f'note: --resume {args.resume} is passed over, as {path} has checkpoints of its own', file=sys.stderr)
         if not own and args.resume != 'auto':
-            try:
+            with one_line('--resume: '):
                 saved, origin = checkpoint.read(Path(args.resume)), Path(args.resume)
-            except ValueError as error:
-                sys.exit(f'error: --resume: {error}')
             if not args.evaluate and not checkpoint.is_checkpoint(saved):
                 sys.exit(f'error: --resume: {origin} holds weights only; --student-resume starts from them')
             if not args.evaluate and saved['progress']['epoch'] >= total_epochs(args):
                 sys.exit(f'error: --resume: {origin} is of a run that is done; {origin.parent} holds what came of it')
+        seed = random.SystemRandom().randrange(2 ** 31)
         if checkpoint.is_checkpoint(saved):
-            differences = differing(saved['arguments'], args)
-            if differences and not args.evaluate:
-                before, now = (kept(arguments) for arguments in (saved['arguments'], vars(args)))
-                other = [name for name in now if now[name] != before[name]]
-                if own:
-                    script = Path(sys.argv[0]).name
-                    what = f'of another script than {script}' if ('distiller' in saved['arguments']) != hasattr(
-                        args, 'distiller') else f'with other arguments: {differences}'
-                    sys.exit(f'error: {path} holds a run {what}; choose another --output'
-                             + f' (with --resume {origin}, to go on from there)' * (not other)
-                             + ', or --overwrite to start anew')
-                if other:
-                    sys.exit(f'error: --resume: {origin} has another --{other[0]}, which a run keeps: '
-                             '--student-resume, with the last.pth beside it, starts from the weights alone')
-                saved['progress'].setdefault('changed', []).append(f'epoch {saved["progress"]["epoch"]}: {differences}')
-                print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
-            if saved['arguments']['arch'] != args.arch:
-                sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
+            refuse_other_arguments(saved, origin, own, args)
             seed = saved['seed']
-        else:
-            seed = random.SystemRandom().randrange(2 ** 31)
         return path, seed if args.seed is None else args.seed, saved, origin
 
     def _begin(self) -> dict | None:
@@ -124,13 +107,7 @@ class Run:
                 if name == 'model':
                     checkpoint.fit(part, self.saved[name], self.origin)
                 elif isinstance(part, torch.optim.Optimizer):
-                    asked = [{k: v for k, v in group.items() if k != 'params'} for group in part.param_groups]
-                    part.load_state_dict(self.saved[name])
-                    for group, values in zip(part.param_groups, asked):
-                        group.update(values)  # state comes from the file, hyper-parameters from the command line
-                    for p, state in part.state.items():  # laid out as p, which fused steps rely on: --channels-last
-                        state.update((key, torch.empty_like(p).copy_(value)) for key, value in state.items()
-                                     if isinstance(value, torch.Tensor) and value.shape == p.shape)
+                    load_optimizer(part, self.saved[name])
                 else:
                     part.load_state_dict(self.saved[name])
             except (KeyError, ValueError, RuntimeError) as error:
@@ -223,24 +200,22 @@ class Run:
             self.refuse(scores)
         self.refuse_nan(scores, f' since epoch {progress["epoch"]}, which is left out. A lower --lr, or --warmup, may '
                                 'help')
-        predictions, seconds = scores.pop('predictions'), scores.pop('seconds')
-        epoch, score, rate = progress['epoch'], scores['student'], learning_rate(progress['epoch'], self.args)
+        predictions, seconds, score = (scores.pop(name) for name in ('predictions', 'seconds', 'student'))
+        epoch, rate = progress['epoch'], learning_rate(progress['epoch'], self.args)
         best = progress['best'] is None or score['correct1'] > progress['best']['correct1']
         record = {'epoch': epoch, 'lr': rate, 'train': percentages(progress['sums']), 'valid': score,
                   'seconds': round(self.seconds(), 2), 'evaluation': round(seconds, 2),
                   'news': progress.pop('news', {}), 'unreadable': progress.pop('unreadable', 0),
-                  'broken': progress.pop('broken', 0)}
-        others = {name: value for name, value in scores.items() if name != 'student'}
-        record |= others
-        last = {'epoch': epoch, **score, **others}
+                  'broken': progress.pop('broken', 0), **scores}
+        last = {'epoch': epoch, **score, **scores}
         progress.update(epoch=epoch + 1, sample=0, sums={}, last=last, best=last if best else progress['best'])
         distributed.from_main(lambda: self._write_epoch(record, best, predictions))
 
     def _write_epoch(self, record: dict, best: bool, predictions: dict):
-        weights = on_host(self.shipped())
+        weights = self.unwritten['last.pth'] = on_host(self.shipped())
         if best:
             self.progress['best'] = self.progress['last'] | {'weights': checkpoint.fingerprint(weights)}
-        self.unwritten |= dict.fromkeys(['last.pth'] + ['best.pth'] * best, weights)
+            self.unwritten['best.pth'] = weights
         self.unwritten['predictions.npz'] = predictions
         if 'teacher' in self.parts:  # it learns, too
             self.unwritten['teacher.pth'] = on_host(self.parts['teacher'])
@@ -276,7 +251,9 @@ class Run:
         if scores:
             distributed.stop(f'cannot evaluate: {scores["unreadable"]}. Put a readable image in its place, and '
                              'the same command goes on; without it these are other data')
-        sys.exit(signals.EXIT_INTERRUPTED) if self.args.evaluate else self.interrupt()
+        if self.args.evaluate:
+            sys.exit(signals.EXIT_INTERRUPTED)
+        self.interrupt()
 
     def report(self, scores: dict | None, file: str = 'evaluate.json'):
         """Print the scores of --evaluate, or of the start of a run, and leave them in --output if that was given."""
@@ -344,6 +321,31 @@ def differing(before: dict, args) -> str:
     now = recorded(args)
     return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
                      for k in sorted(now.keys() | before.keys()) if k not in NEUTRAL and now.get(k) != before.get(k))
+
+
+def refuse_other_arguments(saved: dict, origin: Path, own: bool, args):
+    """End where a checkpoint was made with other arguments than this run may go on with.
+
+    own: whether it is of the run's own folder, where none may change; with --resume most may, which is told and noted
+    """
+    differences = '' if args.evaluate else differing(saved['arguments'], args)
+    if differences:
+        before, now = kept(saved['arguments']), kept(vars(args))
+        other = [name for name in now if now[name] != before[name]]
+        if own:
+            another_script = ('distiller' in saved['arguments']) != hasattr(args, 'distiller')
+            what = f'of another script than {Path(sys.argv[0]).name}' if another_script else (
+                f'with other arguments: {differences}')
+            sys.exit(f'error: {origin.parent} holds a run {what}; choose another --output'
+                     + f' (with --resume {origin}, to go on from there)' * (not other)
+                     + ', or --overwrite to start anew')
+        if other:
+            sys.exit(f'error: --resume: {origin} has another --{other[0]}, which a run keeps: --student-resume, with '
+                     'the last.pth beside it, starts from the weights alone')
+        saved['progress'].setdefault('changed', []).append(f'epoch {saved["progress"]["epoch"]}: {differences}')
+        print(f'note: {origin} was made with other arguments: {differences}', file=sys.stderr)
+    if saved['arguments']['arch'] != args.arch:
+        sys.exit(f'error: {origin} is a {saved["arguments"]["arch"]}, not a {args.arch}')
 
 
 def kept(arguments: dict) -> dict:

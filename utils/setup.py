@@ -39,19 +39,23 @@ def no_graph(args, device: torch.device) -> str:
     return '--cuda-graph needs a GPU, and only one: name it with --gpu' if asked and not one else ''
 
 
+def cpu_facts() -> str:
+    """What Linux tells of the processor; nothing on other systems."""
+    told = Path('/proc/cpuinfo')
+    return told.read_text() if told.exists() else ''
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether there are instructions for it; without them it is slower than float32."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path('/proc/cpuinfo')
-    return cpu.exists() and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu.read_text().split())
+    return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu_facts().split())
 
 
 def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    cpu = Path('/proc/cpuinfo')
-    model = [line for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.exists() else []
+    model = [line for line in cpu_facts().splitlines() if line.startswith('model name')]
     return model[0].partition(': ')[2] if model else platform.processor() or platform.machine()
 
 
@@ -62,7 +66,7 @@ def precision(device: torch.device, amp: str):
 
 @contextmanager
 def full_float32():
-    """Convolutions without TF32, which a GPU takes by default: in it what should be equal differs by a thousandth."""
+    """Convolutions of a GPU in float32. By default PyTorch rounds to TF32, which changes results by a thousandth."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

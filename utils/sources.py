@@ -85,7 +85,7 @@ def read(path) -> Image.Image:
 
 
 def read_jpeg(path) -> torch.Tensor | None:
-    """The pixels that read() has, or None: of another format, in other colours, or damaged, which PIL is to judge."""
+    """A JPEG's pixels, as read() has them; None where it is for PIL: another format, other colours, a damaged file."""
     content = np.fromfile(path, np.uint8)
     if content[:3].tobytes() != b'\xff\xd8\xff':
         return None

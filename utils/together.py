@@ -2,10 +2,10 @@
 
 A run is a thread that goes through the whole script as if it were alone. One works at a time; the others wait where
 the loops of engine.py hand over. There a run needs nothing of what a process has only once: each update seeds the
-generators anew, an evaluation draws nothing, and what runs share is in the state that all expect. So they give the
-bits that they give alone (but in a cache that is filled lazily, what one run brings in for the next comes of another
-batch than alone, which rounds the same on a CPU). On a GPU each has a stream of its own, so that their kernels run at
-the same time: those of one small network leave most of the device idle.
+generators anew, an evaluation draws nothing, and what runs share is in the state that all expect. So each gives the
+bits that it gives alone. (In a cache that is filled lazily a run also finds what the teacher made of another run's
+batches: the same bits on a CPU, on a GPU perhaps rounded otherwise.) On a GPU each has a stream of its own, so that
+their kernels run at the same time: those of one small network leave most of the device idle.
 """
 import argparse
 import io
