@@ -1,5 +1,6 @@
 """--cuda-graph: what is recorded, and when. What stands in for a graph here calls the recorded function again."""
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,3 +123,15 @@ def test_a_stream_for_the_teacher_is_not_for_graphs_that_share_memory(distill):
 def test_a_stream_for_the_teacher_needs_a_gpu(distill):
     run = distill(*TINY, '--distiller', 'dml', '--teacher-stream', '--no-accel', quick=False)
     assert run.code == 1 and '--teacher-stream is for a GPU' in run.err
+
+
+def test_memory_that_runs_out_while_recording_is_told_as_such(monkeypatch):
+    """It has words of its own (errors.py), which are not that something cannot be recorded."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    stream = SimpleNamespace(device=SimpleNamespace(index=0))
+    for name, stand_in in {'CUDAGraph': object, 'graph': full, 'current_stream': lambda: stream,
+                           'default_stream': lambda: stream, 'default_generators': [None]}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(torch.OutOfMemoryError):
+        graph.record(list)

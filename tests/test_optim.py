@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import make_batch
 
-from utils import distributed
+from utils import distributed, meters
 from utils.guard import Guard
 from utils.learner import Learner
 from utils.meters import Display, Meter, hits
@@ -275,12 +275,28 @@ def test_a_mask_is_nothing_to_average():
     assert torch.equal(ema.module.mask, model.mask)
 
 
+def test_speed_and_time_left_are_those_behind_the_first_update(monkeypatch, capsys):
+    moments = iter([0.0, 100.0, 100.0, 102.0])  # begun; after the first update, twice as it is shown; after the second
+    monkeypatch.setattr(meters.time, 'monotonic', lambda: next(moments))
+    display = Display('Epoch 0', updates=3, samples_left=30)
+    display.waited = 50.0
+    display.count(10)
+    display.show({'n': 10}, 0.1, 1)
+    display.waited += 1.0
+    display.count(10)
+    display.show({'n': 20}, 0.1, 2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert '0.1 img/s  wait 50%' in first and 'ETA 0:03:20' in first
+    assert '5.0 img/s  wait 50%' in second and 'ETA 0:00:02' in second
+
+
 def test_on_a_terminal_a_message_takes_the_place_of_the_line_that_is_rewritten(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, 'stdout', terminal)
     display = Display('Epoch 0', updates=2, samples_left=8)
     for update in (1, 2):
+        display.count(4)
         display.show({'n': 4 * update}, 0.1, update)
         distributed.say(f'note {update}')
     screen, column = [''], 0

@@ -66,7 +66,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
         meter.add_norm(norm)
         if ema:
             ema.update_parameters(run.parts['model'])
-        display.samples += end - progress['sample']
+        display.count(end - progress['sample'])
         progress['sample'] = end
 
         bad, stop = distributed.agree(data.report_bad(batches), signals.caught())

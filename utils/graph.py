@@ -52,6 +52,8 @@ def record(function: Callable) -> tuple[Callable, list[Tensor]]:
     try:
         with torch.cuda.graph(graph, stream=recorded, capture_error_mode='thread_local'):
             results = function()
+    except torch.OutOfMemoryError:  # which has words of its own
+        raise
     except RuntimeError as error:
         sys.exit(f'error: --cuda-graph: not all of an update can be recorded ({line(error)}); leave it out')
 

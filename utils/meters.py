@@ -122,14 +122,21 @@ class Display:
         self.head, self.updates, self.samples_left = head, updates, samples_left
         self.live, self.of = sys.stdout.isatty(), 'rank 0: ' * (distributed.world() > 1)
         self.began, self.waited, self.samples = time.monotonic(), 0.0, 0
+        self.warm = None  # these three behind the first update, in which loaders begin and --compile compiles
+
+    def count(self, samples: int):
+        self.samples += samples
+        self.warm = self.warm or (time.monotonic(), self.waited, self.samples)
 
     def show(self, sums: dict, rate: float, done: int):
         if not distributed.is_main():
             return
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        speed, means, width = self.samples / seconds, percentages(sums), len(str(self.updates))
+        began, waited, samples = self.warm if self.samples > self.warm[2] else (self.began, 0.0, 0)
+        seconds = max(time.monotonic() - began, 1e-9)
+        speed, wait = (self.samples - samples) / seconds, (self.waited - waited) / seconds
+        means, width = percentages(sums), len(str(self.updates))
         left = timedelta(seconds=round((self.samples_left - self.samples) / max(speed, 1e-9)))
-        text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:.1f} img/s  wait {self.waited / seconds:.0%}  '
+        text = (f'{self.head} [{done:{width}}/{self.updates}]  {speed:.1f} img/s  wait {wait:.0%}  '
                 f'{self.of}loss {means["loss"]:.4f}  top1 {means["top1"]:.2f}  ETA {left}  lr {rate:.4g}')
         if self.live:  # a line that wraps could not be rewritten
             text = text[:shutil.get_terminal_size().columns - 1]
