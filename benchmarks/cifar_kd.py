@@ -44,8 +44,8 @@ def ingredients(settings: Settings, args, teacher: str, student: str, batch: int
 
 def options(channels_last: bool, amp: str, compile=False) -> SimpleNamespace:
     return SimpleNamespace(**vars(arguments(channels_last, amp, fold=True, compile=compile)) | {
-        'lr': 0.01, 'weight_decay': 5e-4, 'dataset': 'cifar100', 'mixup': 0, 'cutmix': 0, 'cache_dir': None,
-        'cuda_graph': True, 'clip_grad': None, 'max_broken_updates': 0})
+        'lr': 0.01, 'weight_decay': 5e-4, 'dataset': 'cifar100', 'mean': None, 'std': None, 'mixup': 0, 'cutmix': 0,
+        'cache_dir': None, 'cuda_graph': True, 'clip_grad': None, 'max_broken_updates': 0})
 
 
 def our_step(settings: Settings, sizes: dict, amp='off', cached=False, graph=False, compile=False):

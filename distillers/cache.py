@@ -30,7 +30,7 @@ from utils import distributed, signals
 from utils.cost import memory
 from utils.data import Batch
 from utils.resident import VIEWS
-from utils.views import STATISTICS
+from utils.views import statistics
 
 from .base import OUTPUTS, probe
 
@@ -133,7 +133,7 @@ class TeacherCache:
         data = train.resident(device).fingerprint() if args.cache_dir else None
         for field, width in widths.items():
             path = None
-            about = {'teacher': identity, 'data': data, 'normalisation': STATISTICS[args.dataset], 'field': field,
+            about = {'teacher': identity, 'data': data, 'normalisation': statistics(args), 'field': field,
                      'type': 'float16', 'rows': rows, 'width': width, 'format': 1}
             if args.cache_dir:
                 key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

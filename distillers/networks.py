@@ -10,7 +10,7 @@ from models import NETWORKS, Foreign, Renormalised, create_model, refuse_other_o
 from models.errors import blame, line
 from utils import checkpoint, distributed
 from utils.errors import one_line
-from utils.views import STATISTICS
+from utils.views import statistics
 
 from . import DISTILLERS
 from .base import evaluating
@@ -59,11 +59,11 @@ def build_student(args, classes, pretrained=False, shows=False):
     """shows: whether it has to show its features; so with the teacher."""
     network = build(args.arch, classes, pretrained)
     tell_namesake(args.arch, args)
-    mean, std = STATISTICS[args.dataset]
+    given = statistics(args)
     published = pretrained and images_of(network, args.image_size)
-    if published and published[:2] != (tuple(mean), tuple(std)):
+    if published and published[:2] != given:
         distributed.say(f'note: {args.arch} was published for images of mean {published[0]} and std {published[1]}; '
-                        f'as a student it gets those of mean {tuple(mean)} and std {tuple(std)}')
+                        f'as a student it gets those of mean {given[0]} and std {given[1]} (--mean, --std)')
     try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 
@@ -79,7 +79,7 @@ def build_teacher(args, classes, pretrained=False, shows=False):
         sys.exit(f'error: as published {args.teacher_arch} does not know these {classes} classes, but --distiller '
                  f'{" ".join(needy)} goes by its classifier: train it on them (main_base.py --arch {args.teacher_arch} '
                  '--pretrained), and name its weights with --teacher-resume')
-    network, given = build(args.teacher_arch, classes, pretrained), STATISTICS[args.dataset]
+    network, given = build(args.teacher_arch, classes, pretrained), statistics(args)
     tell_namesake(args.teacher_arch, args)
     of_student = (*given, args.image_size)
     published = images_of(network, args.image_size) or of_student

@@ -33,7 +33,7 @@ from utils.errors import one_line
 from utils.folder import FILES
 from utils.order import EvalOrder, spread
 from utils.sources import load_source
-from utils.views import STATISTICS, CenterView, PlainView
+from utils.views import plain_view, statistics
 
 SUFFIX = {'safetensors': '.safetensors', 'torch': '.pth', 'onnx': '.onnx', 'pt2': '.pt2'}
 NEEDS = {'safetensors': ['safetensors'], 'onnx': ['onnx', 'onnxscript']}
@@ -83,13 +83,12 @@ def export(options):
         print('note: the data of the run is not here (--images DIR names it), so noise is what this is checked on'
               + ', and classes have no names' * ('classes' not in record))
         args.dummy, args.dummy_images = True, 4 * CHECKED
-    view = (CenterView if args.dataset == 'imagefolder' else PlainView)(args.image_size)
-    valid, prepare = Images(load_source(args, train=False), view), Prepare(args, torch.device('cpu'))
+    valid, prepare = Images(load_source(args, train=False), plain_view(args)), Prepare(args, torch.device('cpu'))
     try:
         images = some(valid, CHECKED, prepare)
     except RuntimeError as error:  # not one can be read
         sys.exit(f'error: {error}')
-    mean, std = STATISTICS[args.dataset]
+    mean, std = statistics(args)
     meta = {'arch': args.arch, 'classes': name_classes(valid.source.classes if real else [],
                                                          record.get('classes', []), outputs, args),
             'image_size': args.image_size, 'mean': mean, 'std': std}

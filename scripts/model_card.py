@@ -14,6 +14,7 @@ from distillers.flags import values_of
 from distillers.networks import is_function
 from models import NETWORKS, torchvision_names
 from utils import checkpoint
+from utils.args import shorter_side
 from utils.run import git_revision
 
 LOAD = {  # what a user does, and what the check does
@@ -102,7 +103,7 @@ def card(file, small, args, rows, meta, checked, how) -> str:
              f'It takes the folder `models/` of the repository, which needs nothing but torch and torchvision{more}.'
              if 'from models' in how else 'It takes nothing of the repository.')
     eight = small and EIGHT.format(name=small.name, how=LOAD['int8'].format(file=small.name))
-    resize = (f'v2.Resize({round(size * 256 / 224)}), v2.CenterCrop({size})' if args.dataset == 'imagefolder' else
+    resize = (f'v2.Resize({shorter_side(args)}), v2.CenterCrop({size})' if args.dataset == 'imagefolder' else
               f'v2.Resize(({size}, {size}))')
     table = '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows.items())])
     return CARD.format(file=file.name, rows=table, where=where, how=how, resize=resize, mean=meta['mean'],

@@ -18,21 +18,22 @@ from ways import over_seeds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import NEUTRAL
+from utils.args import NEUTRAL, base_parser
 
 HERE = Path(__file__).resolve().parent
+DEFAULTS = vars(base_parser('').parse_args([]))  # older results know of fewer flags
 # arguments that runs of one cell may differ in; a teacher is known by its weights, wherever they lie
 FREE = NEUTRAL | {'seed'}
 # arguments that students of one architecture have in common, whatever the method
 COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'momentum',
           'nesterov', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix', 'auto_augment',
           'random_erasing', 'ema', 'crop_padding', 'warmup_epochs', 'warmup_by', 'clip_grad', 'amp', 'accum_steps',
-          'sync_bn')
+          'sync_bn', 'crop', 'crop_area', 'flip', 'val_resize_size', 'mean', 'std')
 # those of them that methods of a table with own_recipes set for themselves
 OWN = ('epochs', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'nesterov', 'no_bias_decay')
 # what the recipes of CIFAR's tables have in common
 RECIPE = {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup': 0, 'cutmix': 0,
-          'auto_augment': 'off', 'random_erasing': 0, 'ema': 0}
+          'auto_augment': 'off', 'random_erasing': 0, 'ema': 0, 'flip': 0.5, 'mean': None, 'std': None}
 APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
@@ -49,7 +50,7 @@ def read(path):
         if not run['finished']:
             print(f'note: {path} is not finished, and left out', file=sys.stderr)
             return None
-        arguments = run['arguments']
+        arguments = run['arguments'] = DEFAULTS | run['arguments']
         output = Path(arguments['output'])
         method, *networks, seed = output.name.split('-')
         run |= {'path': path, 'table': output.parent.name, 'method': method, 'pair': '-'.join(networks),
@@ -93,7 +94,7 @@ def check(runs, tables):
     for (name, _), (first, *others) in groups(runs, 'table', 'arch').items():
         common = [key for key in COMMON if name not in own or key not in OWN]
         for run in others:
-            agree(first, run, [key for key in common if first['arguments'].get(key) != run['arguments'].get(key)])
+            agree(first, run, [key for key in common if first['arguments'][key] != run['arguments'][key]])
     for first, *others in groups([run for run in runs if 'images' in run], 'table').values():
         for run in others:
             agree(first, run, ['images'] * (first['images'] != run['images']))
@@ -127,7 +128,7 @@ def cell(paper, epoch, epochs, runs):
     if arguments['epochs'] not in epochs:
         return f'{text}, epochs: {arguments["epochs"]}'
     recipe = {} if arguments['dataset'] == 'imagefolder' else RECIPE
-    if other := [f'{key}: {arguments[key]}' for key, value in recipe.items() if arguments.get(key, value) != value]:
+    if other := [f'{key}: {arguments[key]}' for key, value in recipe.items() if arguments[key] != value]:
         return f'{text}, {", ".join(other)}'
     comparable = paper is not None and epoch  # else it is not known which of ours it would be compared with
     return f'{text}, {mean(ours[epoch]) - paper:+.2f}' if comparable else text

@@ -52,20 +52,20 @@ def assert_equal_batches(a, b):
 
 
 @pytest.mark.parametrize('rank, world', [(0, 1), (0, 2), (1, 2)])
-@pytest.mark.parametrize('epoch, start', [(0, 0), (3, 16)])
-def test_training_batches_are_the_same(rank, world, epoch, start):
+@pytest.mark.parametrize('epoch, start, flip', [(0, 0, 0.5), (3, 16, 0.5), (3, 16, 0.9)])
+def test_training_batches_are_the_same(rank, world, epoch, start, flip):
     source = Dummy(45, 10, 32)
     order = TrainOrder(45, 4, 2, 5, rank, world)  # the last batch has one sample: rank 1 of 2 computes along unweighted
     a, b = (list(TrainData(loader).updates(epoch, start))
-            for loader in both(source, ShiftView(arguments(), 5, 45), order))
+            for loader in both(source, ShiftView(arguments('--flip', flip), 5, 45), order))
     assert [end for end, _ in a] == [end for end, _ in b]
     a, b = ([batch for _, micro in updates for batch in micro] for updates in (a, b))
     assert_equal_batches(a, b)
     assert [x.weight for x in a] == [x.weight for x in b]
     for batch in b:
         for index, view in zip(batch.index.tolist(), batch.view.tolist()):
-            row, column, flip = shifts(5, epoch, 45)[index].tolist()
-            assert view == (row * 9 + column) * 2 + flip
+            row, column, flipped = shifts(5, epoch, 45, flip)[index].tolist()
+            assert view == (row * 9 + column) * 2 + flipped
 
 
 @pytest.mark.parametrize('rank, world', [(0, 1), (1, 2)])
@@ -209,7 +209,7 @@ def test_the_teacher_looks_at_several_batches_at_once(monkeypatch):
         train = TrainData(ResidentLoader(Images(source, ShiftView(args, 1, 70)), order, Resident(source, CPU)))
         teacher, _ = zoo.make('same')
         cache = TeacherCache(teacher.eval(), 'teacher', {'logits'}, train, Prepare(args, CPU), CPU,
-                             argparse.Namespace(cache_dir=None, dataset='cifar10'))
+                             argparse.Namespace(**vars(arguments()), cache_dir=None))
         if ahead:
             train.loader.prepare = cache.prepare
         asked.append([])
@@ -427,7 +427,7 @@ def test_tables_are_of_one_teacher_and_one_data_set(tmp_path):
         train = TrainData(ResidentLoader(Images(source, ShiftView(arguments(), 1, 3)), TrainOrder(3, 2, 1, 0, 0, 1),
                                          Resident(source, CPU, padding)))
         TeacherCache(teacher, identity, {'logits'}, train, Prepare(arguments(), CPU), CPU,
-                     argparse.Namespace(cache_dir=tmp_path, dataset='cifar10'))
+                     argparse.Namespace(**vars(arguments()), cache_dir=tmp_path))
     assert len([*tmp_path.iterdir()]) == 3
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
-from conftest import ROOT, assert_same, at_call, environment, torchrun_command
+from conftest import ROOT, arguments, assert_same, at_call, environment, torchrun_command
 
 from distillers import DISTILLERS, Distillation
 from distillers.cache import TeacherCache
@@ -191,7 +191,7 @@ def test_views_of_cifar(padding):
 def test_crops_of_a_folder():
     """As by the same products on a CPU, which test_prepare.py compares with what loaders do."""
     source = Dummy(6, 2, 90)
-    view = CropView(SimpleNamespace(image_size=48, auto_augment='off', random_erasing=0.0), seed=1)
+    view = CropView(arguments('x', '--image-size', 48), seed=1)
     numbers, boxes = torch.arange(6), view.boxes(0, range(6), [(90, 90)] * 6)
     a = ResidentImages(source, CPU, 1).resample(numbers, boxes, 48).int()
     b = ResidentImages(source, GPU, 1).crops(numbers, boxes, 48).cpu().int()

@@ -22,7 +22,7 @@ from utils.randomness import generator, seeded
 from utils.resident import Resident
 from utils.slots import Slots
 from utils.sources import Cifar, Dummy, Folder, load_source, read, read_jpeg
-from utils.views import STATISTICS, CenterView, CropView, ShiftView, random_extras, shifts
+from utils.views import STATISTICS, CenterView, CropView, ShiftView, plain_view, random_extras, shifts
 
 
 def arguments(*flags):
@@ -127,8 +127,8 @@ def test_a_sample_of_the_training_images_is_split_over_the_ranks_and_changes_wit
     args, source = arguments('-j', '0'), Folder(images / 'train')
 
     def sample(rank, epoch):
-        plain = data.make_loader(Images(source, CenterView(32)), EvalOrder([], 4, rank, 2), args)
-        loader = data.make_loader(Images(source, CenterView(32)), TrainOrder(39, 8, 1, 5, rank, 2), args)
+        plain = data.make_loader(Images(source, CenterView(32, 37)), EvalOrder([], 4, rank, 2), args)
+        loader = data.make_loader(Images(source, CenterView(32, 37)), TrainOrder(39, 8, 1, 5, rank, 2), args)
         train = data.TrainData(loader, plain)
         return [i for batch in train.sample(epoch, 21) for i in batch.index.tolist()]
     both = sample(0, 1) + sample(1, 1)
@@ -140,7 +140,7 @@ def test_pixels_are_those_of_the_classic_stack(images):
     normalize = transforms.Normalize(*STATISTICS['imagefolder'])
     classic = datasets.ImageFolder(images / 'valid', transforms.Compose([
         transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(), normalize]))
-    ours = Images(Folder(images / 'valid', by_pil=True), CenterView(32))
+    ours = Images(Folder(images / 'valid', by_pil=True), CenterView(32, 37))
     prepare = Prepare(arguments(), torch.device('cpu'))
     assert [classic.samples[i] == ours.source.samples[i] for i in range(15)] and len(classic) == len(ours) == 15
     for i in range(15):
@@ -202,6 +202,40 @@ def test_official_cifar_files(tmp_path, monkeypatch):
     expected = np.random.default_rng(10).integers(0, 256, (10, 3072), np.uint8)[7].reshape(3, 32, 32)
     assert len(valid) == 10 and valid.name(7) == 'cifar100 test image 7'
     assert np.array_equal(np.asarray(valid.load(7)[0]).transpose(2, 0, 1), expected)
+
+
+def test_what_is_seen_of_an_image_is_what_was_asked_for():
+    def boxes(*flags, height=60, width=90):
+        view = CropView(arguments('--image-size', 32, *flags), seed=1)
+        return torch.tensor([view.box(2, index, height, width) for index in range(300)])
+    share = boxes('--crop-area', 0.5)[:, 2:4].prod(1) / (60 * 90)
+    assert 0.49 < share.min() < 0.55 and share.max() > 0.85
+    top, left, height, width, _ = boxes('--crop', 'random').unbind(1)
+    assert {*height.tolist(), *width.tolist()} == {52} == {round(60 * 32 / 37)}  # as much as an evaluation sees
+    assert {*top.tolist()} == {*range(9)} and {*left.tolist()} == {*range(39)}
+    middle = boxes('--crop', 'centre', '--val-resize-size', 40)
+    all_of_it = boxes('--crop', 'random', '--val-resize-size', 32, width=60)
+    assert {*map(tuple, middle[:, :4].tolist())} == {(6, 21, 48, 48)}
+    assert {*map(tuple, all_of_it[:, :4].tolist())} == {(0, 0, 60, 60)}
+    for flip, low, high in ((0, 0, 0), (0.5, 0.4, 0.6), (0.9, 0.84, 0.96), (1, 1, 1)):
+        for crop in ('resized', 'random', 'centre'):
+            assert low <= boxes('--crop', crop, '--flip', flip)[:, 4].double().mean() <= high
+        of_cifar = shifts(1, 2, 300, flip)
+        assert low <= of_cifar[:, 2].double().mean() <= high and torch.equal(of_cifar[:, :2], shifts(1, 2, 300)[:, :2])
+    view = ShiftView(arguments('--dataset', 'cifar10', '--flip', 0), 1, 300)
+    assert {view.number(2, index).item() % 2 for index in range(300)} == {0}
+
+
+def test_an_evaluation_resizes_and_normalises_as_asked(images):
+    args = arguments('--image-size', 32, '--val-resize-size', 34, '--mean', 0.5, 0.4, 0.3, '--std', 0.2, 0.3, 1)
+    classic = datasets.ImageFolder(images / 'valid', transforms.Compose([
+        transforms.Resize(34), transforms.CenterCrop(32), transforms.ToTensor(),
+        transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 1))]))
+    image = plain_view(args)(classic.loader(classic.samples[3][0]), 0, 3)
+    batch = Prepare(args, torch.device('cpu'))(Batch(image[None], *torch.zeros(3, 1)))
+    assert torch.equal(batch.images[0], classic[3][0])
+    with pytest.raises(SystemExit):
+        arguments('--image-size', 32, '--val-resize-size', 31)
 
 
 def test_cifar_images_are_resized_and_augmented():
@@ -346,7 +380,7 @@ def test_those_before_an_interruption_count(spoiled, base, tmp_path):
 
 
 def test_replacement_is_the_next_readable_image(spoiled):
-    dataset = Images(Folder(spoiled / 'train'), CenterView(32))
+    dataset = Images(Folder(spoiled / 'train'), CenterView(32, 37))
     numbers = {dataset.source.name(i).rsplit('/', 1)[1]: i for i in range(len(dataset))}
     sample = dataset[(0, numbers['empty.jpg'])]
     assert sample.bad == numbers['empty.jpg'] and sample.index == numbers['grey.jpg']

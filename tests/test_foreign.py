@@ -546,8 +546,8 @@ def test_names_of_all_kinds(tmp_path, monkeypatch):
 
 def settings(**values):
     return SimpleNamespace(**{'teacher_arch': 'test_foreign:made_up', 'dataset': 'imagefolder', 'image_size': 64,
-                              'teacher_mean': None, 'teacher_std': None, 'teacher_size': None, 'teacher_stages': None,
-                              **values})
+                              'mean': None, 'std': None, 'teacher_mean': None, 'teacher_std': None,
+                              'teacher_size': None, 'teacher_stages': None, **values})
 
 
 def test_the_teacher_gets_its_own_images(capsys):

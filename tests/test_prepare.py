@@ -20,7 +20,7 @@ from utils.crops import ResidentImages
 from utils.data import CropLoader, Images, ResidentLoader, make_loader
 from utils.order import TrainOrder
 from utils.sources import Folder, Shards, load_source, read
-from utils.views import CropView
+from utils.views import CropView, plain_view
 
 CPU = torch.device('cpu')
 
@@ -80,7 +80,7 @@ def test_raw_pixels_score_as_the_originals(prepared, folder):
     """A folder made for 256 and seen at 224, here an eighth of both: PIL's pixels of the classic evaluation."""
     args, raw = arguments(prepared('raw')), load_source(arguments(prepared('raw')), train=False)
     classic = load_source(arguments(folder), train=False)
-    view = data.CenterView(args.image_size)
+    view = plain_view(args)
     assert len(raw) == len(classic) == 6
     for i in range(6):
         assert torch.equal(view(raw.load(i)[0], 0, i), view(classic.load(i)[0], 0, i))

@@ -119,6 +119,19 @@ def test_the_best_weights_of_an_older_run_are_told_by_its_result(tmp_path, capsy
         assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
 
 
+def test_a_run_goes_on_under_a_version_that_has_more_flags(base, images, tmp_path):
+    with at_call(1):
+        assert base(images, '--output', tmp_path).code == signals.EXIT_INTERRUPTED
+    saved = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+    del saved['arguments']['flip'], saved['arguments']['crop_area']
+    torch.save(saved, tmp_path / 'checkpoint.pth')
+    run = base(images, '--epochs', 1, '--output', tmp_path)
+    assert run.code == 1 and '--epochs is 1 here, 90 there;' in run.err
+    with at_call(1):
+        run = base(images, '--output', tmp_path)
+    assert run.code == signals.EXIT_INTERRUPTED and 'resumed from' in run.out
+
+
 def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):
     with at_call(1):
         assert base(images, '-b', 8, '--output', tmp_path).code == signals.EXIT_INTERRUPTED
@@ -161,8 +174,8 @@ def test_evaluation_counts_are_exact(base, images, monkeypatch, tmp_path):
     torch.manual_seed(1)
     network = create_model('resnet8', 3).eval()
     torch.save(network.state_dict(), tmp_path / 'w.pth')
-    dataset, prepare = Images(Folder(images / 'valid', by_pil=True), CenterView(32)), torchvision.transforms.Normalize(
-        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    dataset = Images(Folder(images / 'valid', by_pil=True), CenterView(32, 37))
+    prepare = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     right, loss = 0, 0.0
     for i in range(len(dataset)):
         sample = dataset[(0, i)]
@@ -370,7 +383,8 @@ SWITCHES = ['--seed 4', '--lr 0.1', '--momentum 0.5', '--nesterov', '--wd 0.1', 
             '--accum-steps 2', '--warmup --warmup-epochs 1', '--warmup --warmup-epochs 1 --warmup-by iteration',
             '--schedule cosine', '--schedule linear', '--lr-drop-epochs 0', '--lr-drop-epochs 0 --lr-drop-ratio 0.5',
             '--start-epoch 1 --epochs 2', '--optimizer adamw', '-b 12', '--image-size 40', '--amp bf16', '--ema 0.5',
-            '--num-classes 5', '-a resnet14']
+            '--num-classes 5', '-a resnet14', '--crop random', '--crop centre', '--crop-area 0.5', '--flip 0',
+            '--val-resize-size 48 --crop random', '--mean 0.5 0.5 0.5', '--std 0.5 0.5 0.5']
 
 
 def test_every_switch_changes_the_result_and_nothing_else_does(base, plain, tmp_path):
@@ -538,6 +552,9 @@ def test_pretrained_head_starts_fresh(base, images, tmp_path, monkeypatch):
     assert run.weights()['fc.weight'].shape == (3, 1024) and 'was published for' not in run.out
     cifar = base('--dummy', '--dataset', 'cifar10', '-a', 'shufflenet_v2_x0_5', '--pretrained', '-e')
     assert 'was published for images of mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225); as a st' in cifar.out
+    as_published = base('--dummy', '--dataset', 'cifar10', '-a', 'shufflenet_v2_x0_5', '--pretrained', '-e', '--mean',
+                        0.485, 0.456, 0.406, '--std', 0.229, 0.224, 0.225)
+    assert as_published.code == 0 and 'was published for' not in as_published.out
 
 
 def test_published_weights_are_asked_for_by_a_run_that_begins(base, images, tmp_path, monkeypatch):

@@ -86,6 +86,12 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     g.add_argument('--num-classes', type=count, metavar='N', help='outputs of the network (default: as in the data)')
     g.add_argument('--image-size', type=count, metavar='PIXELS', default=None,
                    help='side of the training and evaluation images (default: 224, CIFAR 32)')
+    g.add_argument('--val-resize-size', type=count, metavar='PIXELS',
+                   help='shorter side that an image of a folder is resized to before its centre is evaluated (default: '
+                        '256 for 224, and in proportion; published weights may ask for another)')
+    g.add_argument('--mean', type=fraction, nargs=3, metavar=('R', 'G', 'B'),
+                   help="that images are normalised by, from 0 to 1 (default: ImageNet's, or CIFAR's)")
+    g.add_argument('--std', type=number(float, 0, 1, above=True), nargs=3, metavar=('R', 'G', 'B'), help='likewise')
     g.add_argument('--dummy', action='store_true',
                    help="made-up images in place of DIR, to benchmark or to check: of 1000 classes, or CIFAR's")
     g.add_argument('--dummy-images', type=count, default=1024, metavar='N',
@@ -104,6 +110,13 @@ def base_parser(description: str) -> argparse.ArgumentParser:
                         'all, but one at least)')
 
     g = parser.add_argument_group('augmentation')
+    g.add_argument('--crop', choices=('resized', 'random', 'centre'), default='resized',
+                   help='what of a training image of a folder is seen: a part of random size and shape; a square as '
+                        'large as that of an evaluation, anywhere or in the middle')
+    g.add_argument('--crop-area', type=number(float, 0, 1, above=True), default=0.08, metavar='SHARE',
+                   help='least part of the area that --crop resized shows')
+    g.add_argument('--flip', type=fraction, default=0.5, metavar='P',
+                   help='mirror a training image this often (0 where left and right mean something)')
     g.add_argument('--crop-padding', choices=('zeros', 'reflect'), default='zeros',
                    help='what surrounds a CIFAR image that is cropped')
     g.add_argument('--auto-augment', choices=('off', 'autoaugment', 'randaugment', 'trivialaugment', 'augmix'),
@@ -245,6 +258,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     if idle := [f'--{name} (needs {need})' for name, need, there in (
             ('momentum', '--optimizer sgd or dot', args.optimizer != 'adamw'),
             ('dot-delta', '--optimizer dot', args.optimizer == 'dot'),
+            ('crop-area', '--crop resized of an image folder',
+             args.crop == 'resized' and args.dataset == 'imagefolder'),
             ('warmup-epochs', '--warmup', args.warmup), ('warmup-by', '--warmup', args.warmup))
             if not there and getattr(args, name.replace('-', '_')) != parser.get_default(name.replace('-', '_'))]:
         parser.error(f'nothing reads {", ".join(idle)}')
@@ -274,6 +289,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     args.image_size = args.image_size or (224 if args.dataset == 'imagefolder' else 32)
     if args.exact_pixels and args.dataset != 'imagefolder':
         parser.error('--exact-pixels is for image folders: nothing is resized in CIFAR')
+    if args.dataset != 'imagefolder' and (args.val_resize_size or args.crop != 'resized'):
+        parser.error('--crop and --val-resize-size are for image folders: CIFAR images are seen whole')
+    if shorter_side(args) < args.image_size:
+        parser.error(f'--val-resize-size {args.val_resize_size} is less than --image-size {args.image_size}')
     if args.crop_padding != 'zeros' and args.dataset == 'imagefolder':
         parser.error('--crop-padding is for CIFAR: no image of a folder is padded')
     if args.data_backend == 'device' and (beyond := beyond_the_device(args)):
@@ -312,6 +331,11 @@ def check_seeds(parser, args):
 def first(reasons: dict) -> str:
     """The first that holds; nothing if none does."""
     return next((reason for reason, holds in reasons.items() if holds), '')
+
+
+def shorter_side(args: argparse.Namespace) -> int:
+    """What an image to evaluate is resized to, before its centre is cropped."""
+    return args.val_resize_size or round(args.image_size * 256 / 224)
 
 
 def further_augmentation(args: argparse.Namespace) -> str:

@@ -29,7 +29,7 @@ from .randomness import generator
 from .resident import Resident
 from .slots import Slots
 from .sources import Shards, load_or_next, load_source, manifest
-from .views import STATISTICS, CenterView, CropView, PlainView, ShiftView
+from .views import CropView, ShiftView, plain_view, statistics
 
 EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
 PREFETCH = 2  # batches that each loader process is ahead
@@ -83,7 +83,7 @@ class Prepare:
     """To the device, normalised with ToTensor's and Normalize's arithmetic, mixed if asked for."""
 
     def __init__(self, args, device, mix_classes=None):
-        mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in STATISTICS[args.dataset])
+        mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in statistics(args))
         self.mean, self.std, self.device = mean, std, device
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.copying = copying(device)
@@ -318,7 +318,7 @@ def load_data(args, seed: int, device: torch.device):
         sys.exit(f'error: a batch of {batch} is smaller than the number of ranks, {world}')
     resident = together.shared('on device', lambda: on_device(args, train, device))  # what is there takes memory
     folder = args.dataset == 'imagefolder'
-    plain, share = (CenterView if folder else PlainView)(args.image_size), max(batch // world, 1)
+    plain, share = plain_view(args), max(batch // world, 1)
 
     @cache
     def held(source):

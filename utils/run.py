@@ -317,10 +317,13 @@ def recorded(args) -> dict:
 
 
 def differing(before: dict, args) -> str:
-    """The arguments that decide results and are not what they were, in words."""
+    """The arguments that decide results and are not what they were, in words.
+
+    What an older version had no flag for, it did as the default has it now; only main_distill.py has a --distiller.
+    """
     now = recorded(args)
     return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
-                     for k in sorted(now.keys() | before.keys()) if k not in NEUTRAL and now.get(k) != before.get(k))
+                     for k in sorted({*before, 'distiller'} - NEUTRAL) if now.get(k) != before.get(k))
 
 
 def refuse_other_arguments(saved: dict, origin: Path, own: bool, args):

@@ -20,6 +20,7 @@ from torchvision.io import decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from . import distributed
+from .args import shorter_side
 
 CIFAR = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}
 
@@ -220,7 +221,7 @@ def load_source(args, train: bool):
         return Cifar(args.dataset, args.data, train)
     root = find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val')
     made = manifest(args.data)
-    if not train and made and made['size'] < (wanted := round(args.image_size * 256 / 224)):
+    if not train and made and made['size'] < (wanted := shorter_side(args)):
         distributed.say(f'note: {args.data} was prepared with --size {made["size"]}, and an evaluation at '
                         f'{args.image_size} takes {wanted}: images are enlarged, and score otherwise')
     if made.get('format') == 'raw':

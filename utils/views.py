@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torchvision.transforms import v2
 
-from .args import beyond_crop_and_flip, further_augmentation
-from .crops import cut, random_box
+from .args import beyond_crop_and_flip, further_augmentation, shorter_side
+from .crops import cut, in_the_middle, random_box, somewhere
 from .randomness import generator, seeded
 from .resident import CENTRE, PLACES, pad
 
@@ -20,6 +20,12 @@ STATISTICS = {  # mean and std of the normalisation; four digits, as published t
 }
 
 
+def statistics(args) -> tuple[tuple, tuple]:
+    """Mean and std that images are normalised by."""
+    mean, std = STATISTICS[args.dataset]
+    return tuple(args.mean or mean), tuple(args.std or std)
+
+
 def random_extras(args):
     """What may follow crop and flip: a policy, an erased rectangle (in the mean colour, which normalises to 0)."""
     linear = v2.InterpolationMode.BILINEAR
@@ -28,20 +34,31 @@ def random_extras(args):
                 'randaugment': lambda: v2.RandAugment(interpolation=linear),
                 'trivialaugment': lambda: v2.TrivialAugmentWide(interpolation=linear),
                 'augmix': lambda: v2.AugMix(interpolation=linear)}
-    mean = [round(255 * m) for m in STATISTICS[args.dataset][0]]
+    mean = [round(255 * m) for m in statistics(args)[0]]
     erasing = v2.RandomErasing(args.random_erasing, value=mean) if args.random_erasing else v2.Identity()
     return v2.Compose([policies[args.auto_augment](), erasing])
 
 
 class CropView:
-    """The ImageNet recipe: a random crop of random size, flip."""
+    """The ImageNet recipe: a random crop of random size, flip. Or a square of the size that an evaluation sees."""
 
     def __init__(self, args, seed):
         self.seed, self.size = seed, args.image_size
+        self.crop, self.least, self.flip = args.crop, args.crop_area, args.flip
+        self.seen = args.image_size / shorter_side(args)  # by an evaluation, of the shorter side
         self.extras = random_extras(args) if further_augmentation(args) else None
 
     def box(self, epoch, index, height, width) -> tuple:
-        return random_box(height, width, generator(self.seed, 'view', epoch, index))
+        """Top, left, height, width, flip."""
+        draw = generator(self.seed, 'view', epoch, index)
+        side = max(round(min(height, width) * self.seen), 1)
+        if self.crop == 'resized':
+            box = random_box(height, width, draw, self.least)
+        elif self.crop == 'random':
+            box = *somewhere(height, width, side, side, draw), side, side
+        else:
+            box = *in_the_middle(height, width, side, side), side, side
+        return *box, torch.rand(1, generator=draw).item() < self.flip
 
     def boxes(self, epoch, numbers, sizes) -> torch.Tensor:
         """[B, 5], of images of these numbers, heights and widths."""
@@ -60,10 +77,10 @@ class CropView:
 
 
 class CenterView:
-    """Shorter side to 256/224 of the size, then the centre."""
+    """The shorter side resized, then the centre."""
 
-    def __init__(self, size):
-        self.transform = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+    def __init__(self, size, shorter):
+        self.transform = v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __call__(self, image, epoch, index):
         return self.transform(image)
@@ -73,15 +90,18 @@ class CenterView:
 
 
 @lru_cache(maxsize=16)  # two of each run that trains beside others
-def shifts(seed: int, epoch: int, length: int) -> torch.Tensor:
+def shifts(seed: int, epoch: int, length: int, flip: float = 0.5) -> torch.Tensor:
     """Row, column (0..8) and flip (0, 1) of every CIFAR image in an epoch: one table, the same on every device."""
     draw = generator(seed, 'shifts', epoch)
-    return torch.cat([torch.randint(9, (length, 2), generator=draw), torch.randint(2, (length, 1), generator=draw)], 1)
+    places, flips = torch.randint(9, (length, 2), generator=draw), torch.randint(2, (length, 1), generator=draw)
+    if flip != 0.5:
+        flips = (torch.rand(length, 1, generator=draw) < flip).long()
+    return torch.cat([places, flips], 1)
 
 
 @lru_cache(maxsize=16)
-def view_numbers(seed: int, epoch: int, length: int) -> torch.Tensor:
-    return shifts(seed, epoch, length) @ PLACES
+def view_numbers(seed: int, epoch: int, length: int, flip: float) -> torch.Tensor:
+    return shifts(seed, epoch, length, flip) @ PLACES
 
 
 class ShiftView:
@@ -89,12 +109,12 @@ class ShiftView:
 
     def __init__(self, args, seed, length):
         self.seed, self.length, self.numbered = seed, length, not beyond_crop_and_flip(args)
-        self.padding = args.crop_padding
+        self.padding, self.flip = args.crop_padding, args.flip
         self.resize = v2.Identity() if args.image_size == 32 else v2.Resize((args.image_size, args.image_size))
         self.extras = random_extras(args) if further_augmentation(args) else None
 
     def __call__(self, image, epoch, index):
-        row, column, flip = shifts(self.seed, epoch, self.length)[index].tolist()
+        row, column, flip = shifts(self.seed, epoch, self.length, self.flip)[index].tolist()
         image = pad(v2.functional.pil_to_tensor(image), self.padding)[:, row:row + 32, column:column + 32]
         image = self.resize(image.flip(2) if flip else image)
         if self.extras is None:
@@ -103,7 +123,13 @@ class ShiftView:
             return self.extras(image)
 
     def number(self, epoch, index):
-        return view_numbers(self.seed, epoch, self.length)[index] if self.numbered else -1
+        return view_numbers(self.seed, epoch, self.length, self.flip)[index] if self.numbered else -1
+
+
+def plain_view(args):
+    """How an evaluation sees images."""
+    size = args.image_size
+    return CenterView(size, shorter_side(args)) if args.dataset == 'imagefolder' else PlainView(size)
 
 
 class PlainView:
