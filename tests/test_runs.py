@@ -119,6 +119,18 @@ def test_the_best_weights_of_an_older_run_are_told_by_its_result(tmp_path, capsy
         assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
 
 
+def test_results_tell_on_what_each_part_of_a_run_was_computed(base, images, tmp_path, monkeypatch):
+    for code, calls in (('a', 1), ('a', 2), ('b', 6)):
+        monkeypatch.setattr('utils.run.git_revision', lambda code=code: code)
+        with at_call(calls):  # in the first epoch, again in it, and in the second
+            base(images, '--epochs', 3, '--output', tmp_path)
+    monkeypatch.setattr('utils.run.device_name', lambda device: 'abacus')
+    result = base(images, '--epochs', 3, '--output', tmp_path).json()
+    assert [(stint['epoch'], stint['git']) for stint in result['stints']] == [(0, 'a'), (0, 'b'), (1, 'b')]
+    assert [stint['device'] == 'abacus' for stint in result['stints']] == [False, False, True]
+    assert result['device'] == 'abacus' and result['git'] == 'b'
+
+
 def test_a_run_goes_on_under_a_version_that_has_more_flags(base, images, tmp_path):
     with at_call(1):
         assert base(images, '--output', tmp_path).code == signals.EXIT_INTERRUPTED

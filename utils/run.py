@@ -148,6 +148,9 @@ class Run:
         """Say what is about to happen, and open the folder for it."""
         args, ranks, self.classes = self.args, distributed.world(), list(train.images.source.classes)
         self.progress['best'] = distributed.from_main(self._begin)
+        stints, here = self.progress.setdefault('stints', []), self._circumstances()
+        if not stints or any(stints[-1][key] != value for key, value in here.items()):
+            stints.append({'epoch': self.progress['epoch'], **here})
         self.told['parameters'] = sum(p.numel() for p in student.parameters())  # of all that it predicts through
         distributed.say(
             f'{args.arch}: {self.told["parameters"]:,} parameters; {len(train.images):,} training '
@@ -283,15 +286,18 @@ class Run:
     def _result(self) -> dict:
         return {'finished': self.progress['epoch'] >= total_epochs(self.args), 'last': self.progress['last'],
                 'best': self.progress['best'], 'teacher_score': self.progress.get('teacher'),
-                'changed': self.progress.get('changed', []), 'seconds': round(self.seconds(), 2),
-                **self._provenance()}
+                'changed': self.progress.get('changed', []), 'stints': self.progress['stints'],
+                'seconds': round(self.seconds(), 2), **self._provenance()}
 
     def _provenance(self) -> dict:
         """All that is needed to do it again."""
         return {'command': shlex.join(sys.argv), 'arguments': recorded(self.args), 'seed': self.seed,
-                'git': git_revision(), **self.facts, **self.told, 'world_size': distributed.world(),
-                'device': device_name(self.device),
-                'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                **self.facts, **self.told, **self._circumstances()}
+
+    def _circumstances(self) -> dict:
+        """What may be another after a resume, and may round otherwise."""
+        return {'git': git_revision(), 'world_size': distributed.world(), 'device': device_name(self.device),
+                'versions': {'python': platform.python_version(), 'torch': str(torch.__version__),  # a type of its own
                              'torchvision': torchvision.__version__}}
 
     def note(self, name: str, content: dict):
