@@ -183,7 +183,7 @@ def worker(args, device):
 
 
 def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """The same of methods, and of flags that do not go with them; --mgd-with-kd is spelt out in args."""
+    """What check() does, for methods and the flags that go with them; --mgd-with-kd is spelt out in args."""
     if len({*args.distiller}) < len(args.distiller):
         parser.error('--distiller names a method twice')
     if idle := drop_foreign(DISTILLERS, args.distiller, args):

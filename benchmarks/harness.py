@@ -202,7 +202,7 @@ def timed(run: Callable, device: torch.device, steps: int, clock=None) -> tuple[
 
 
 def in_its_own_process(module: str, *given) -> Callable[[], tuple[float, dict]]:
-    """A function that calls main of a module in another process: with these as JSON, for a value and a loss as JSON."""
+    """A function that runs a module's main(given as JSON) in a process of its own; it prints [value, loss] as JSON."""
     def run():
         command = [sys.executable, '-c', f'import sys; from {module} import main; main(sys.argv[1])', json.dumps(given)]
         answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout

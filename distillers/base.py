@@ -28,7 +28,7 @@ class Distiller(nn.Module):
     batch_statistics = False  # whether the teacher's BatchNorms go by the batch and leave their running statistics be
     teacher_reads: tuple[str, ...] | None = None  # fields of the teacher's features that forward reads; None: any
     asks_student = True  # whether start_epoch looks at the student, too
-    teacher_kept = ''  # what it reads of the teacher before the first epoch only; the teacher must not learn then
+    teacher_kept = ''  # what it takes from the teacher once, before the first epoch; so the teacher must not learn
     pairing: list[tuple[int, int]] = []  # noqa: RUF012, the student's and the teacher's stages that forward compares
     report: list[dict] = []  # noqa: RUF012, rows of what the last start_epoch did, for the log
 
@@ -165,9 +165,10 @@ class Distillation(nn.Module):
             distiller.know(targets)
 
     def freeze_unreached(self) -> int:
-        """How many of the student's parameters no loss reaches: labels do not count, or it predicts without them.
+        """Freeze the student's parameters that no loss reaches, and count them.
 
-        Their gradient would be zero all along, and weight decay would wear them away.
+        There are some where labels do not count, or where it predicts without its own head. Their gradient would be
+        zero all along, and weight decay would wear them away.
         """
         if self.ce_weight and self.shipped() is self.student:
             return 0

@@ -87,6 +87,9 @@ def build_teacher(args, classes, pretrained=False, shows=False):
         distributed.say(f'note: {args.teacher_arch} was published for images of mean {published[0]}, std '
                         f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
                         '--teacher-mean, --teacher-std, --teacher-size')
+    if args.teacher_resume and ((args.mean and not args.teacher_mean) or (args.std and not args.teacher_std)):
+        distributed.say('note: the teacher gets images of --mean and --std, too; if it was trained with others, tell '
+                        'them by --teacher-mean, --teacher-std')
     mean, std, size = published if pretrained else of_student  # a file's weights need not be from where the network is
     wanted = tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)
     size = args.teacher_size or size

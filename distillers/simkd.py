@@ -19,7 +19,7 @@ class SimKD(Distiller):
     The larger map is pooled to the smaller one, the student's ahead of P. Student, P and h_t are shipped together. Two
     maps of a student differ in MobileNetV2 and ShuffleNetV2, whose last convolution the paper's code leaves out of use.
 
-    Defaults: the paper's code.
+    Defaults: the paper's code, but for student_map.
 
     weight: factor of the loss
     factor: P works in this many times fewer channels than the teacher's map has

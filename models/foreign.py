@@ -299,7 +299,7 @@ def trunk(call: Call):
 
 
 def found(root: Call, image_side: int, classifier: Call) -> list[Call]:
-    """The last call of each size of maps before the classifier, but of sizes at which nothing has parameters.
+    """The last call of each size of maps before the classifier, except for sizes at which nothing has parameters.
 
     The first size is the stem's. It is that of a stage only where blocks follow the stem at it, and where it is not
     half the image's.

@@ -26,7 +26,7 @@ from distillers.networks import build
 from models import NETWORKS
 from models.errors import line
 from utils import checkpoint, distributed, signals
-from utils.args import base_parser
+from utils.args import completed, shorter_side
 from utils.data import Batch, Images, Prepare, make_loader
 from utils.engine import evaluate
 from utils.errors import one_line
@@ -59,7 +59,7 @@ def main():
 
 def export(options):
     path, content, outputs, record = find(options.checkpoint)
-    args = argparse.Namespace(**vars(base_parser('').parse_args([])) | {'distiller': []} | record['arguments'])
+    args = argparse.Namespace(**{'distiller': []} | completed(record['arguments']))
     args.amp, args.channels_last, args.no_accel = 'off', False, True
     file = options.output or path.parent / (args.arch.replace(':', '-') + SUFFIX[options.format])
     if not file.parent.is_dir():
@@ -91,7 +91,8 @@ def export(options):
     mean, std = statistics(args)
     meta = {'arch': args.arch, 'classes': name_classes(valid.source.classes if real else [],
                                                          record.get('classes', []), outputs, args),
-            'image_size': args.image_size, 'mean': mean, 'std': std}
+            'image_size': args.image_size, 'mean': mean, 'std': std,
+            'resize_size': shorter_side(args) if args.dataset == 'imagefolder' else args.image_size}
 
     # the file gets its name when it has been checked
     unchecked, small = file.with_name('unchecked-' + file.name), file.with_suffix('.int8.pt') if options.int8 else None

@@ -7,7 +7,8 @@ The main scripts read the copy as any folder. What is in it already is passed ov
 what was interrupted; it stores an image again whose modification time has changed. Training images that cannot be read
 are named in manifest.json and left out, up to a thousandth of all; more, one to evaluate, or a class without any that
 can, is an error, and the copy is not used until it is mended. Smaller images stay as they are.
-Of --size 256 the pixels are those of an evaluation at 224: with --format raw it scores the same to the digit.
+Of --size 256 the pixels are those of an evaluation at 224, as it is by default: with --format raw it scores the same to
+the digit.
 """
 import argparse
 import json

@@ -18,10 +18,9 @@ from ways import over_seeds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import NEUTRAL, base_parser
+from utils.args import NEUTRAL, completed
 
 HERE = Path(__file__).resolve().parent
-DEFAULTS = vars(base_parser('').parse_args([]))  # older results know of fewer flags
 # arguments that runs of one cell may differ in; a teacher is known by its weights, wherever they lie
 FREE = NEUTRAL | {'seed'}
 # arguments that students of one architecture have in common, whatever the method
@@ -37,8 +36,8 @@ RECIPE = {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup
 APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
-Runs of another length than the paper's, or on CIFAR with another decay or augmentation, tell it instead. A dash was
-not run, or not published.
+Runs of another length than the paper's, or on CIFAR with other decay, augmentation or statistics, tell it instead. A
+dash was not run, or not published.
 """
 
 
@@ -50,7 +49,7 @@ def read(path):
         if not run['finished']:
             print(f'note: {path} is not finished, and left out', file=sys.stderr)
             return None
-        arguments = run['arguments'] = DEFAULTS | run['arguments']
+        arguments = run['arguments'] = completed(run['arguments'])
         output = Path(arguments['output'])
         method, *networks, seed = output.name.split('-')
         run |= {'path': path, 'table': output.parent.name, 'method': method, 'pair': '-'.join(networks),

@@ -11,7 +11,7 @@ from logs import read_json, records, refuse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import NEUTRAL
+from utils.args import NEUTRAL, completed
 
 # arguments that runs of one way may differ in
 FREE = (NEUTRAL | {'seed', 'seeds'}) - {'teacher_resume', 'student_resume'}
@@ -27,7 +27,8 @@ class Run:
         self.folder, self.name = folder, folder.resolve().name
         result = read_json(folder / 'result.json') or {}
         self.result = result if 'arguments' in result else {}
-        self.arguments = self.result.get('arguments') or read_json(folder / 'args.json') or {}
+        known = self.result.get('arguments') or read_json(folder / 'args.json')
+        self.arguments = completed(known) if known else {}
         self.seed = self.result.get('seed', self.arguments.get('seed'))
         self.finished = bool(self.result.get('finished'))
         self.stopped = (folder / 'interrupted').exists()

@@ -156,7 +156,7 @@ def test_one_killed_rank_is_started_again_by_torchrun(images, unharmed):
 def test_another_world_size_goes_on_at_the_same_sample(images, tmp_path, unharmed):
     """1, 2 and 1 ranks in one epoch: the weights of one process, so every sample was seen exactly once."""
     args = short(images, tmp_path)
-    for mode, update in (('process', 2), ('forked 2', 1)):
+    for mode, update in (('process', 2), ('torchrun 2', 1)):
         assert launch(mode, *args, FAULT=f'{update} SIGTERM', GROUP_NORM=1).code != 0
         assert (tmp_path / 'interrupted').exists()
     rest, alone = launch('process', *args, GROUP_NORM=1), unharmed(1, GROUP_NORM=1)
@@ -165,7 +165,7 @@ def test_another_world_size_goes_on_at_the_same_sample(images, tmp_path, unharme
 
 
 def test_a_broken_loss_on_one_rank_stops_all_before_the_update(images, tmp_path, unharmed):
-    run = launch('forked 2', *short(images, tmp_path), FAULT='7 nan-rank-1', GROUP_NORM=1)
+    run = launch('torchrun 2', *short(images, tmp_path), FAULT='7 nan-rank-1', GROUP_NORM=1)
     assert run.code != 0
     assert 'loss ce is nan in epoch 1, update 2, samples' in run.out
     report = run.json('nonfinite.json')

@@ -546,8 +546,8 @@ def test_names_of_all_kinds(tmp_path, monkeypatch):
 
 def settings(**values):
     return SimpleNamespace(**{'teacher_arch': 'test_foreign:made_up', 'dataset': 'imagefolder', 'image_size': 64,
-                              'mean': None, 'std': None, 'teacher_mean': None, 'teacher_std': None,
-                              'teacher_size': None, 'teacher_stages': None, **values})
+                              'mean': None, 'std': None, 'teacher_resume': None, 'teacher_mean': None,
+                              'teacher_std': None, 'teacher_size': None, 'teacher_stages': None, **values})
 
 
 def test_the_teacher_gets_its_own_images(capsys):
@@ -561,6 +561,9 @@ def test_the_teacher_gets_its_own_images(capsys):
                                pixels.normalize(pixels.resize(raw, [32, 32], antialias=True), mean_t, std_t))
 
     assert type(build_teacher(settings(teacher_mean=mean, teacher_std=std), 3)) is Net
+    for told, noted in ({}, False), ({'mean': mean_t}, True), ({'mean': mean_t, 'teacher_mean': mean}, False):
+        build_teacher(settings(teacher_resume='t.pth', **told), 3)
+        assert ('the teacher gets images of --mean and --std, too' in capsys.readouterr().out) == noted
     seen = build_teacher(settings(teacher_std=std_t, teacher_size=32), 5, shows=True)
     assert seen.size == 32 and f'mean {tuple(mean)}, std {tuple(std_t)} and 32 pixels' in capsys.readouterr().out
     assert seen.feature_channels == [6, 8] and seen.feature_norms[0].num_features == 6

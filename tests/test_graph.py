@@ -1,5 +1,5 @@
 """--cuda-graph: what is recorded, and when. What stands in for a graph here calls the recorded function again."""
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -125,13 +125,22 @@ def test_a_stream_for_the_teacher_needs_a_gpu(distill):
     assert run.code == 1 and '--teacher-stream is for a GPU' in run.err
 
 
-def test_memory_that_runs_out_while_recording_is_told_as_such(monkeypatch):
-    """It has words of its own (errors.py), which are not that something cannot be recorded."""
-    def full(*_, **__):
+@pytest.mark.parametrize('also', [None, RuntimeError('operation failed due to a previous error during capture')])
+def test_memory_that_runs_out_while_recording_is_told_as_such(monkeypatch, also):
+    """It has words of its own (errors.py), also where the end of the recording fails for it."""
+    @contextmanager
+    def recording(*_, **__):
+        try:
+            yield
+        finally:
+            if also:
+                raise also
+
+    def full():
         raise torch.OutOfMemoryError('CUDA out of memory')
     stream = SimpleNamespace(device=SimpleNamespace(index=0))
-    for name, stand_in in {'CUDAGraph': object, 'graph': full, 'current_stream': lambda: stream,
+    for name, stand_in in {'CUDAGraph': object, 'graph': recording, 'current_stream': lambda: stream,
                            'default_stream': lambda: stream, 'default_generators': [None]}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     with pytest.raises(torch.OutOfMemoryError):
-        graph.record(list)
+        graph.record(full)

@@ -127,6 +127,7 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(tell, tmp_path):
     first = made_run(tmp_path / 'kd-0', 'net', 0, 2)
     for name, seed, arguments, complaint in (
             ('kd-1', 1, {'lr': 0.2}, 'differ in lr'), ('kd-2', 0, {}, 'same seed'),
+            ('kd-3', 3, {'flip': 0}, 'differ in flip'),  # of which the first, an older one, knows nothing
             ('mgd-0', 0, {'data': 'others'}, 'different data: they differ in data'),
             ('sp-0', 0, {'classes': 5}, 'the classes of the validation images')):
         other = made_run(tmp_path / name, 'net', seed, 3, **arguments)

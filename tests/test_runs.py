@@ -139,6 +139,8 @@ def test_a_run_goes_on_under_a_version_that_has_more_flags(base, images, tmp_pat
     torch.save(saved, tmp_path / 'checkpoint.pth')
     run = base(images, '--epochs', 1, '--output', tmp_path)
     assert run.code == 1 and '--epochs is 1 here, 90 there;' in run.err
+    run = base(images, '--flip', 0, '--output', tmp_path)
+    assert run.code == 1 and '--flip is 0.0 here, 0.5 there;' in run.err
     with at_call(1):
         run = base(images, '--output', tmp_path)
     assert run.code == signals.EXIT_INTERRUPTED and 'resumed from' in run.out

@@ -290,7 +290,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     if args.exact_pixels and args.dataset != 'imagefolder':
         parser.error('--exact-pixels is for image folders: nothing is resized in CIFAR')
     if args.dataset != 'imagefolder' and (args.val_resize_size or args.crop != 'resized'):
-        parser.error('--crop and --val-resize-size are for image folders: CIFAR images are seen whole')
+        parser.error('--crop and --val-resize-size are for image folders: CIFAR images are seen whole, but for shifts')
     if shorter_side(args) < args.image_size:
         parser.error(f'--val-resize-size {args.val_resize_size} is less than --image-size {args.image_size}')
     if args.crop_padding != 'zeros' and args.dataset == 'imagefolder':
@@ -299,6 +299,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error(f'--data-backend device crops and flips, CIFAR images at 32 pixels, no more than that: {beyond}')
     args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
     return args
+
+
+def completed(arguments: dict) -> dict:
+    """With the defaults of flags that the version of an older run did not have, but for those of methods."""
+    return vars(base_parser('').parse_args([])) | arguments
 
 
 def several_processes(args) -> dict[str, bool]:

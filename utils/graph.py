@@ -52,9 +52,10 @@ def record(function: Callable) -> tuple[Callable, list[Tensor]]:
     try:
         with torch.cuda.graph(graph, stream=recorded, capture_error_mode='thread_local'):
             results = function()
-    except torch.OutOfMemoryError:  # which has words of its own
-        raise
     except RuntimeError as error:
+        full = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
+        if full:  # which has words of its own; the end of the recording may have raised another error over it
+            raise full from None
         sys.exit(f'error: --cuda-graph: not all of an update can be recorded ({line(error)}); leave it out')
 
     def replay():

@@ -26,7 +26,7 @@ import torch
 import torchvision
 
 from . import checkpoint, distributed, folder, signals
-from .args import NEUTRAL
+from .args import NEUTRAL, completed
 from .data import global_batch
 from .engine import EXIT_BROKEN
 from .errors import one_line
@@ -325,9 +325,9 @@ def recorded(args) -> dict:
 def differing(before: dict, args) -> str:
     """The arguments that decide results and are not what they were, in words.
 
-    What an older version had no flag for, it did as the default has it now; only main_distill.py has a --distiller.
+    Flags of methods that an older version did not have are not compared; only main_distill.py has a --distiller.
     """
-    now = recorded(args)
+    now, before = recorded(args), completed(before)
     return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
                      for k in sorted({*before, 'distiller'} - NEUTRAL) if now.get(k) != before.get(k))
 

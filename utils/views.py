@@ -51,13 +51,13 @@ class CropView:
     def box(self, epoch, index, height, width) -> tuple:
         """Top, left, height, width, flip."""
         draw = generator(self.seed, 'view', epoch, index)
-        side = max(round(min(height, width) * self.seen), 1)
         if self.crop == 'resized':
             box = random_box(height, width, draw, self.least)
-        elif self.crop == 'random':
-            box = *somewhere(height, width, side, side, draw), side, side
         else:
-            box = *in_the_middle(height, width, side, side), side, side
+            side = max(round(min(height, width) * self.seen), 1)
+            place = (somewhere(height, width, side, side, draw) if self.crop == 'random' else
+                     in_the_middle(height, width, side, side))
+            box = *place, side, side
         return *box, torch.rand(1, generator=draw).item() < self.flip
 
     def boxes(self, epoch, numbers, sizes) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""torchrun whose ranks are forked from one process that has torch loaded, in half the time that each would take to."""
+"""torchrun whose ranks are forked from one process that has loaded torch: that halves the time of their start."""
 import sys
 
 import torchvision  # noqa: F401, and with it torch and its compiler
