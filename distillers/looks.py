@@ -9,11 +9,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from utils.args import shorter_side
 from utils.cost import memory
 from utils.optim import learning_rate, total_epochs
 from utils.order import TrainOrder, spread
 from utils.run import Run
 from utils.sources import Folder
+from utils.views import statistics
 
 from .base import Distillation, evaluating, probe_image
 from .flags import first_line, flag, hyper_parameters
@@ -107,9 +109,21 @@ def at_schedule(order: TrainOrder, real: bool, run: Run, args) -> list[tuple]:
             ('epochs', f'{epochs}' + f', {args.warmup_epochs} of them warm-up' * args.warmup
                        + f'; goes on from epoch {first}' * (first > 0)),
             ('rate', ', '.join(f'{rates[epoch]} from epoch {epoch}' for epoch in changes)), ('seed', str(run.seed))]
+    rows.append(('images', how_seen(args)))
     if real:
         rows.insert(1, ('updates', f'{order.updates():,} per epoch, {order.updates() * epochs:,} in all'))
     return rows
+
+
+def how_seen(args) -> str:
+    mean, std = statistics(args)
+    square = f'a square of {args.image_size / shorter_side(args):.0%} of the shorter side'
+    train = {'resized': f'{args.crop_area:.0%} to 100 % of the area', 'random': f'{square}, anywhere',
+             'centre': f'{square} in the middle'}[args.crop]
+    valid = f'shorter side to {shorter_side(args)} pixels, of which the middle'
+    if args.dataset != 'imagefolder':
+        train, valid = 'shifted by up to 4 pixels', 'as they are'
+    return f'training {train}, {args.flip:.0%} mirrored; evaluation {valid}; mean {mean}, std {std}'
 
 
 def at_cost(cost: dict, n: int, order: TrainOrder, scored: int, loader, run: Run, args) -> list[tuple]:

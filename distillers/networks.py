@@ -2,6 +2,7 @@
 import json
 import pickle
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from models import NETWORKS, Foreign, Renormalised, create_model, refuse_other_outputs
 from models.errors import blame, line
 from utils import checkpoint, distributed
+from utils.args import completed
 from utils.errors import one_line
 from utils.views import statistics
 
@@ -64,6 +66,8 @@ def build_student(args, classes, pretrained=False, shows=False):
     if published and published[:2] != given:
         distributed.say(f'note: {args.arch} was published for images of mean {published[0]} and std {published[1]}; '
                         f'as a student it gets those of mean {given[0]} and std {given[1]} (--mean, --std)')
+    if args.evaluate:
+        tell_other_images(args.student_resume, (*given, args.image_size), '--mean, --std, --image-size')
     try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 
@@ -87,12 +91,10 @@ def build_teacher(args, classes, pretrained=False, shows=False):
         distributed.say(f'note: {args.teacher_arch} was published for images of mean {published[0]}, std '
                         f'{published[1]} and {published[2]} pixels; if its weights are, too, tell it by '
                         '--teacher-mean, --teacher-std, --teacher-size')
-    if args.teacher_resume and ((args.mean and not args.teacher_mean) or (args.std and not args.teacher_std)):
-        distributed.say('note: the teacher gets images of --mean and --std, too; if it was trained with others, tell '
-                        'them by --teacher-mean, --teacher-std')
     mean, std, size = published if pretrained else of_student  # a file's weights need not be from where the network is
     wanted = tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)
     size = args.teacher_size or size
+    tell_other_images(args.teacher_resume, (*wanted, size), '--teacher-mean, --teacher-std, --teacher-size')
     try_out(network, args.teacher_arch, classes, f'--teacher-size {size}', size)
     if shows:
         network = showing(network, args.teacher_arch, classes, args.teacher_stages, size)
@@ -101,6 +103,19 @@ def build_teacher(args, classes, pretrained=False, shows=False):
     network = Renormalised(network, given, wanted, size)
     distributed.say(f'{args.teacher_arch}{network.identity}')
     return network
+
+
+def tell_other_images(weights: str | None, images: tuple, flags: str):
+    """Say so where the run that a file of weights is from had images of another mean, std or size than these."""
+    try:
+        run = Namespace(**completed(json.loads(Path(weights or '').with_name('args.json').read_text())))
+        known = *statistics(run), run.image_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of no run
+        return
+    if known != images:
+        (mean, std, size), (mean_here, std_here, size_here) = known, images
+        distributed.say(f'note: {weights} was trained on images of mean {mean}, std {std} and {size} pixels, and gets '
+                        f'such of mean {mean_here}, std {std_here} and {size_here} pixels here ({flags})')
 
 
 def images_of(network, size):
@@ -153,7 +168,8 @@ def doubt_teacher(score: dict, classes: int, args):
         top1 = 100 * known['correct1'] / known['n']
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if known['n'] == score['n'] and abs(score['top1'] - top1) > (0.1 if args.amp == 'off' else 0.5):
+    off, share = abs(score['correct1'] - known['correct1']), 0.001 if args.amp == 'off' else 0.005
+    if known['n'] == score['n'] and off > max(share * known['n'], 2):
         distributed.say(f'note: the teacher scores {score["top1"]:.2f} here and {top1:.2f} in {file.parent}: other '
                         'images, or another size or normalisation of them?')
 

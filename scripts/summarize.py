@@ -30,14 +30,15 @@ COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_d
           'sync_bn', 'crop', 'crop_area', 'flip', 'val_resize_size', 'mean', 'std')
 # those of them that methods of a table with own_recipes set for themselves
 OWN = ('epochs', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'nesterov', 'no_bias_decay')
-# what the recipes of CIFAR's tables have in common
-RECIPE = {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup': 0, 'cutmix': 0,
-          'auto_augment': 'off', 'random_erasing': 0, 'ema': 0, 'flip': 0.5, 'mean': None, 'std': None}
+# what the recipes of all tables have in common, and those of CIFAR's
+SEEN = {'flip': 0.5, 'crop': 'resized', 'crop_area': 0.08, 'val_resize_size': None, 'mean': None, 'std': None}
+RECIPE = SEEN | {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup': 0, 'cutmix': 0,
+                 'auto_augment': 'off', 'random_erasing': 0, 'ema': 0}
 APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
-Runs of another length than the paper's, or on CIFAR with other decay, augmentation or statistics, tell it instead. A
-dash was not run, or not published.
+Runs of another length than the paper's, on images that were seen otherwise, or on CIFAR with another decay or
+augmentation, tell it instead. A dash was not run, or not published.
 """
 
 
@@ -126,7 +127,7 @@ def cell(paper, epoch, epochs, runs):
     arguments = runs[0]['arguments']
     if arguments['epochs'] not in epochs:
         return f'{text}, epochs: {arguments["epochs"]}'
-    recipe = {} if arguments['dataset'] == 'imagefolder' else RECIPE
+    recipe = SEEN if arguments['dataset'] == 'imagefolder' else RECIPE
     if other := [f'{key}: {arguments[key]}' for key, value in recipe.items() if arguments[key] != value]:
         return f'{text}, {", ".join(other)}'
     comparable = paper is not None and epoch  # else it is not known which of ours it would be compared with

@@ -100,6 +100,8 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
     (['/data', '--dot-delta', '0.1'], 'nothing reads --dot-delta (needs --optimizer dot)'),
     (['/data', '--crop-area', '0.5', '--crop', 'random'], 'nothing reads --crop-area (needs --crop resized of'),
     (['/data', '--crop', 'random', '--dataset', 'cifar10'], '--crop and --val-resize-size are for image folders'),
+    (['/data', '--mean', '0.5', '0.5', '0.5'], '--mean and --std belong together'),
+    (['/data', '--data-backend', 'device', '--random-erasing', '1'], 'device crops and flips images, no more'),
     (['/data', '--val-resize-size', '223'], '--val-resize-size 223 is less than --image-size 224'),
     (['/data', '--compile', 'max'], "'max' is not 0, 1, default, reduce-overhead or max-autotune"),
     (['/data', '--ema', '1'], '--ema 1 is an average that never'),

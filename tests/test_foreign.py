@@ -1,5 +1,6 @@
 """Networks from elsewhere: what the adapter shows of them, against passes by hand; names, weights, images."""
 import copy
+import json
 import pickle
 import shutil
 import sys
@@ -546,11 +547,12 @@ def test_names_of_all_kinds(tmp_path, monkeypatch):
 
 def settings(**values):
     return SimpleNamespace(**{'teacher_arch': 'test_foreign:made_up', 'dataset': 'imagefolder', 'image_size': 64,
-                              'mean': None, 'std': None, 'teacher_resume': None, 'teacher_mean': None,
-                              'teacher_std': None, 'teacher_size': None, 'teacher_stages': None, **values})
+                              'mean': None, 'std': None, 'evaluate': False, 'teacher_resume': None,
+                              'teacher_mean': None, 'teacher_std': None, 'teacher_size': None, 'teacher_stages': None,
+                              **values})
 
 
-def test_the_teacher_gets_its_own_images(capsys):
+def test_the_teacher_gets_its_own_images(capsys, tmp_path):
     raw = torch.rand(2, 3, 48, 48)
     mean, std, mean_t, std_t = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
     given = pixels.normalize(raw, mean, std)
@@ -561,9 +563,13 @@ def test_the_teacher_gets_its_own_images(capsys):
                                pixels.normalize(pixels.resize(raw, [32, 32], antialias=True), mean_t, std_t))
 
     assert type(build_teacher(settings(teacher_mean=mean, teacher_std=std), 3)) is Net
-    for told, noted in ({}, False), ({'mean': mean_t}, True), ({'mean': mean_t, 'teacher_mean': mean}, False):
-        build_teacher(settings(teacher_resume='t.pth', **told), 3)
-        assert ('the teacher gets images of --mean and --std, too' in capsys.readouterr().out) == noted
+    (tmp_path / 'args.json').write_text(json.dumps({'dataset': 'imagefolder', 'image_size': 64, 'mean': mean_t,
+                                                    'std': std_t}))
+    for told, noted in (({}, True), ({'teacher_mean': mean_t, 'teacher_std': std_t}, False),
+                        ({'mean': mean_t, 'std': std_t}, False),
+                        ({'mean': mean_t, 'std': std_t, 'teacher_size': 32}, True)):
+        build_teacher(settings(teacher_resume=tmp_path / 't.pth', **told), 3)
+        assert (f'was trained on images of mean {tuple(mean_t)}' in capsys.readouterr().out) == noted, told
     seen = build_teacher(settings(teacher_std=std_t, teacher_size=32), 5, shows=True)
     assert seen.size == 32 and f'mean {tuple(mean)}, std {tuple(std_t)} and 32 pixels' in capsys.readouterr().out
     assert seen.feature_channels == [6, 8] and seen.feature_norms[0].num_features == 6

@@ -150,7 +150,9 @@ def test_a_copy_that_is_too_small_for_an_evaluation_is_told_of(prepared, capfd):
     load_source(arguments(target), train=False)
     assert 'prepared with' not in capfd.readouterr().out
     load_source(conftest.arguments(target, '--image-size', 32), train=False)
-    assert 'was prepared with --size 32, and an evaluation at 32 takes 37' in capfd.readouterr().out
+    assert '--size 32, and an evaluation resizes to 37: images are enlarged' in capfd.readouterr().out
+    load_source(conftest.arguments(target, '--image-size', 16), train=False)
+    assert '--size 32, and an evaluation resizes to 18: images are resized twice' in capfd.readouterr().out
 
 
 def test_killed_and_started_again(folder):

@@ -119,6 +119,17 @@ def test_the_best_weights_of_an_older_run_are_told_by_its_result(tmp_path, capsy
         assert ('does not hold the weights of epoch 1' in capsys.readouterr().err) == (kept is None)
 
 
+def test_an_evaluation_tells_where_it_sees_images_otherwise(base, images, tmp_path):
+    seen = ['--mean', 0.5, 0.5, 0.5, '--std', 0.2, 0.2, 0.2, '--val-resize-size', 32]
+    run = base(images, '--epochs', 1, '--output', tmp_path, *seen)
+    assert run.code == 0
+    for more, of_run, of_file in ((seen, False, False), ([], True, True), (seen[:8], True, False)):
+        by_run = base(images, '-e', '--output', tmp_path, *more)
+        by_file = base(images, '-e', '--student-resume', tmp_path / 'last.pth', *more)
+        assert ('saw images otherwise: ' in by_run.err) == of_run and by_run.code == by_file.code == 0
+        assert (f'last.pth was trained on images of mean {(0.5,) * 3}' in by_file.out) == of_file
+
+
 def test_results_tell_on_what_each_part_of_a_run_was_computed(base, images, tmp_path, monkeypatch):
     for code, calls in (('a', 1), ('a', 2), ('b', 6)):
         monkeypatch.setattr('utils.run.git_revision', lambda code=code: code)
@@ -398,7 +409,8 @@ SWITCHES = ['--seed 4', '--lr 0.1', '--momentum 0.5', '--nesterov', '--wd 0.1', 
             '--schedule cosine', '--schedule linear', '--lr-drop-epochs 0', '--lr-drop-epochs 0 --lr-drop-ratio 0.5',
             '--start-epoch 1 --epochs 2', '--optimizer adamw', '-b 12', '--image-size 40', '--amp bf16', '--ema 0.5',
             '--num-classes 5', '-a resnet14', '--crop random', '--crop centre', '--crop-area 0.5', '--flip 0',
-            '--val-resize-size 48 --crop random', '--mean 0.5 0.5 0.5', '--std 0.5 0.5 0.5']
+            '--val-resize-size 48 --crop random', '--mean 0.5 0.5 0.5 --std 0.229 0.224 0.225',
+            '--mean 0.485 0.456 0.406 --std 0.5 0.5 0.5']
 
 
 def test_every_switch_changes_the_result_and_nothing_else_does(base, plain, tmp_path):

@@ -13,6 +13,9 @@ NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 
            'max_broken_updates', 'start_epoch', 'data_backend', 'cache_dir', 'inspect', 'skip_first_evaluation'}
 
 
+SEEN = {'image_size', 'val_resize_size', 'mean', 'std'}  # how an evaluation sees images
+
+
 class Formatter(argparse.HelpFormatter):
     """Adds the default where it tells something."""
 
@@ -296,7 +299,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     if args.crop_padding != 'zeros' and args.dataset == 'imagefolder':
         parser.error('--crop-padding is for CIFAR: no image of a folder is padded')
     if args.data_backend == 'device' and (beyond := beyond_the_device(args)):
-        parser.error(f'--data-backend device crops and flips, CIFAR images at 32 pixels, no more than that: {beyond}')
+        whose = 'images' if args.dataset == 'imagefolder' else 'CIFAR images of 32 pixels'
+        parser.error(f'--data-backend device crops and flips {whose}, no more than that: {beyond}')
+    if bool(args.mean) != bool(args.std):
+        parser.error('--mean and --std belong together')
     args.teacher_arch = args.teacher_arch or ('resnet152' if args.arch == 'resnet50' else 'resnet50')
     return args
 

@@ -26,7 +26,7 @@ import torch
 import torchvision
 
 from . import checkpoint, distributed, folder, signals
-from .args import NEUTRAL, completed
+from .args import NEUTRAL, SEEN, completed
 from .data import global_batch
 from .engine import EXIT_BROKEN
 from .errors import one_line
@@ -322,14 +322,14 @@ def recorded(args) -> dict:
     return json.loads(json.dumps(vars(args) | {'global_batch': global_batch(args) * args.accum_steps}))
 
 
-def differing(before: dict, args) -> str:
-    """The arguments that decide results and are not what they were, in words.
+def differing(before: dict, args, keys: set[str] | None = None) -> str:
+    """The arguments that decide results, or these of them, and are not what they were, in words.
 
     Flags of methods that an older version did not have are not compared; only main_distill.py has a --distiller.
     """
     now, before = recorded(args), completed(before)
     return ', '.join(f'--{k.replace("_", "-")} is {now.get(k)} here, {before.get(k)} there'
-                     for k in sorted({*before, 'distiller'} - NEUTRAL) if now.get(k) != before.get(k))
+                     for k in sorted(keys or {*before, 'distiller'} - NEUTRAL) if now.get(k) != before.get(k))
 
 
 def refuse_other_arguments(saved: dict, origin: Path, own: bool, args):
@@ -337,8 +337,10 @@ def refuse_other_arguments(saved: dict, origin: Path, own: bool, args):
 
     own: whether it is of the run's own folder, where none may change; with --resume most may, which is told and noted
     """
-    differences = '' if args.evaluate else differing(saved['arguments'], args)
-    if differences:
+    if args.evaluate:
+        if otherwise := differing(saved['arguments'], args, SEEN):
+            print(f'note: the evaluations of {origin.parent} saw images otherwise: {otherwise}', file=sys.stderr)
+    elif differences := differing(saved['arguments'], args):
         before, now = kept(saved['arguments']), kept(vars(args))
         other = [name for name in now if now[name] != before[name]]
         if own:

@@ -221,9 +221,10 @@ def load_source(args, train: bool):
         return Cifar(args.dataset, args.data, train)
     root = find_split(args.data, 'train') if train else find_split(args.data, 'valid', 'val')
     made = manifest(args.data)
-    if not train and made and made['size'] < (wanted := shorter_side(args)):
-        distributed.say(f'note: {args.data} was prepared with --size {made["size"]}, and an evaluation at '
-                        f'{args.image_size} takes {wanted}: images are enlarged, and score otherwise')
+    if not train and made and made['size'] != (wanted := shorter_side(args)):
+        done = 'enlarged' if made['size'] < wanted else 'resized twice'
+        distributed.say(f'note: {args.data} was prepared with --size {made["size"]}, and an evaluation resizes to '
+                        f'{wanted}: images are {done}, and score otherwise (--val-resize-size says to what)')
     if made.get('format') == 'raw':
         return Shards(root, list(made['images'][root.name]), by_pil)
     return Folder(root, by_pil)
