@@ -424,7 +424,7 @@ def test_no_method_makes_a_gpu_wait(name):
 def test_tables_are_of_one_teacher_and_one_data_set(tmp_path):
     teacher, source = zoo.make('same')[1], Dummy(3, 10, 32)
     for identity, padding, *flags in (('t abc', 'zeros'), ('t def', 'zeros'), ('t abc', 'reflect'),
-                                      ('t abc', 'zeros', '--mean', 0.5, 0.5, 0.5)):
+                                      ('t abc', 'zeros', '--mean', 0.5, 0.5, 0.5, '--std', 0.2, 0.2, 0.2)):
         train = TrainData(ResidentLoader(Images(source, ShiftView(arguments(), 1, 3)), TrainOrder(3, 2, 1, 0, 0, 1),
                                          Resident(source, CPU, padding)))
         TeacherCache(teacher, identity, {'logits'}, train, Prepare(arguments(), CPU), CPU,
