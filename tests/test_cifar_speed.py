@@ -98,15 +98,15 @@ def test_batches_are_normalised_as_alone(flags, monkeypatch):
 
 
 def test_samples_come_in_the_runs_batches_and_another_order_each_turn():
-    """Whoever brings them: FT trains on them. An evaluation on the device is in larger ones."""
-    for backend in ('device', 'loader'):
+    """Whoever brings them: FT trains on them. An evaluation of so small images is in larger ones."""
+    for backend, size in (('device', 32), ('loader', 32), ('loader', 64)):
         train, valid, _ = load_data(arguments('--dataset', 'cifar10', '--dummy-images', '40', '-b', '8', '-j', '0',
-                                              '--data-backend', backend), 5, CPU)
+                                              '--data-backend', backend, '--image-size', size), 5, CPU)
         turns = [[batch.index.tolist() for batch in train.sample(2, 20)] for _ in range(2)]
         assert [[*map(len, turn)] for turn in turns] == [[8, 8, 4]] * 2 and turns[0] != turns[1]
         train.turns.clear()  # as in a run that goes on in this epoch
         assert [batch.index.tolist() for batch in train.sample(2, 20)] == turns[0]
-        assert [len(batch.target) for batch in valid] == ([10] if backend == 'device' else [8, 2])
+        assert [len(batch.target) for batch in valid] == ([10] if size == 32 else [8, 2])
 
 
 def test_every_view_is_a_slice_of_the_padded_image():

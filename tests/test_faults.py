@@ -252,6 +252,22 @@ def test_a_killed_loader_process_ends_the_run_at_once(images, tmp_path, base, mo
     assert run.err.splitlines()[-1].startswith('error: a loader process is gone, as for want of memory')
 
 
+def test_a_signal_at_the_end_of_a_process_changes_no_exit_code():
+    """For which Python takes its time, and in which it takes the handlers of signals away."""
+    program = '''if True:
+        import os, signal, sys
+        from utils import signals
+
+        class Late:
+            def __del__(self, kill=os.kill, process=os.getpid(), numbers=signals.SIGNALS):
+                for number in numbers:
+                    kill(process, number)
+        late = Late()
+        signals.listen()
+        sys.exit(signals.EXIT_INTERRUPTED)'''
+    assert start(sys.executable, '-c', program).wait(timeout=60) == EXIT_INTERRUPTED
+
+
 def test_a_second_signal_exits_at_once(images, tmp_path):
     """While rank 0 waits inside a collective for a rank that hangs."""
     args = [*QUICK, *map(str, short(images, tmp_path, *SPAWN2))]

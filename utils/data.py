@@ -31,7 +31,7 @@ from .slots import Slots
 from .sources import Shards, load_or_next, load_source, manifest
 from .views import CropView, ShiftView, plain_view, statistics
 
-EVALUATED = 512  # images on the device, which then are small: an evaluation looks at no fewer at once
+EVALUATED = 512  # CIFAR's images, which are small: an evaluation looks at no fewer at once
 PREFETCH = 2  # batches that each loader process is ahead
 AT_ONCE = 1024  # images, over all ranks, cropped and normalised by as many kernels as a few would take
 
@@ -335,7 +335,7 @@ def load_data(args, seed: int, device: torch.device):
             return CropLoader(images, order, held(source))
         return ResidentLoader(images, order, held(source), Prepare(args, device))
 
-    at_once = max(share, EVALUATED) if resident and not folder else share
+    at_once = max(share, EVALUATED) if not folder and args.image_size == 32 else share
     evaluation = load(valid, plain, EvalOrder(range(len(valid)), at_once, rank, world))
     if train is None:
         return None, evaluation, valid.classes

@@ -9,6 +9,7 @@
 
 Ranks exchange small host-side numbers over gloo, so agreeing on something never waits for a GPU.
 """
+import atexit
 import inspect
 import os
 import signal
@@ -84,6 +85,7 @@ def _spawn(worker, args, per_node):
 
     for number in signals.SIGNALS:
         signal.signal(number, forward)
+    atexit.register(signals.ignore)
     try:
         while not context.join(grace_period=5):
             pass

@@ -3,6 +3,7 @@
 A thread does the noting. Python runs a signal's handler in the main thread, which may be waiting inside a collective
 for a rank that hangs: there a second signal, the demand to exit at once, would wait with it.
 """
+import atexit
 import os
 import signal
 import threading
@@ -27,6 +28,7 @@ def listen():
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         _thread = threading.Thread(target=_watch, args=(read,), daemon=True)
         _thread.start()
+        atexit.register(ignore)
 
 
 def _watch(pipe: int):
@@ -43,8 +45,12 @@ def _note(number: int):
         os._exit(128 + number)
 
 
-def ignore(worker: int):
-    """For loader workers: a signal to the process group must not take them away before the run has saved."""
+def ignore(worker: int = 0):
+    """For loader workers: a signal to the process group must not take them away before the run has saved.
+
+    And for the end of a process, for which Python takes a second or more: there it takes its handlers away, so a signal
+    would kill, and the exit code be another.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
