@@ -138,6 +138,7 @@ def test_cuda_graphs_start_anew_with_each_batch(distill, tmp_path, monkeypatch):
     traced(monkeypatch)
     marks = []
     monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: marks.append(1))
+    monkeypatch.setattr('utils.data.EVALUATED', 4)
     run = distill(*TINY, '--dummy-images', 24, '--compile', 'reduce-overhead', '--data-backend', 'loader', '--output',
                   tmp_path)
     assert run.code == 0 and len(marks) == 6 + 2, run.err  # of 24 images, and of a quarter as many
