@@ -10,8 +10,8 @@ import torch
 from models import NETWORKS, Foreign, Renormalised, create_model, refuse_other_outputs
 from models.errors import blame, line
 from utils import checkpoint, distributed
-from utils.args import completed
 from utils.errors import one_line
+from utils.folder import arguments_beside
 from utils.views import statistics
 
 from . import DISTILLERS
@@ -66,8 +66,6 @@ def build_student(args, classes, pretrained=False, shows=False):
     if published and published[:2] != given:
         distributed.say(f'note: {args.arch} was published for images of mean {published[0]} and std {published[1]}; '
                         f'as a student it gets those of mean {given[0]} and std {given[1]} (--mean, --std)')
-    if args.evaluate:
-        tell_other_images(args.student_resume, (*given, args.image_size), '--mean, --std, --image-size')
     try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 
@@ -94,7 +92,7 @@ def build_teacher(args, classes, pretrained=False, shows=False):
     mean, std, size = published if pretrained else of_student  # a file's weights need not be from where the network is
     wanted = tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)
     size = args.teacher_size or size
-    tell_other_images(args.teacher_resume, (*wanted, size), '--teacher-mean, --teacher-std, --teacher-size')
+    tell_other_images(args.teacher_resume, *wanted, size)
     try_out(network, args.teacher_arch, classes, f'--teacher-size {size}', size)
     if shows:
         network = showing(network, args.teacher_arch, classes, args.teacher_stages, size)
@@ -105,17 +103,14 @@ def build_teacher(args, classes, pretrained=False, shows=False):
     return network
 
 
-def tell_other_images(weights: str | None, images: tuple, flags: str):
-    """Say so where the run that a file of weights is from had images of another mean, std or size than these."""
-    try:
-        run = Namespace(**completed(json.loads(Path(weights or '').with_name('args.json').read_text())))
-        known = *statistics(run), run.image_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of no run
-        return
-    if known != images:
-        (mean, std, size), (mean_here, std_here, size_here) = known, images
-        distributed.say(f'note: {weights} was trained on images of mean {mean}, std {std} and {size} pixels, and gets '
-                        f'such of mean {mean_here}, std {std_here} and {size_here} pixels here ({flags})')
+def tell_other_images(weights, mean, std, size):
+    """Say so where the run that a teacher's file is from had images of another mean, std or size than these."""
+    if run := arguments_beside(weights):
+        known = *statistics(Namespace(**run)), run['image_size']
+        if known != (mean, std, size):
+            distributed.say('note: {} was trained on images of mean {}, std {} and {} pixels, '.format(weights, *known)
+                            + f'and gets such of mean {mean}, std {std} and {size} pixels here (--teacher-mean, '
+                            '--teacher-std, --teacher-size)')
 
 
 def images_of(network, size):
@@ -168,8 +163,7 @@ def doubt_teacher(score: dict, classes: int, args):
         top1 = 100 * known['correct1'] / known['n']
     except (OSError, ValueError, KeyError, TypeError):
         return
-    off, share = abs(score['correct1'] - known['correct1']), 0.001 if args.amp == 'off' else 0.005
-    if known['n'] == score['n'] and off > max(share * known['n'], 2):
+    if known['n'] == score['n'] and abs(score['top1'] - top1) > (0.1 if args.amp == 'off' else 0.5):
         distributed.say(f'note: the teacher scores {score["top1"]:.2f} here and {top1:.2f} in {file.parent}: other '
                         'images, or another size or normalisation of them?')
 

@@ -23,17 +23,18 @@ from utils.args import NEUTRAL, completed
 HERE = Path(__file__).resolve().parent
 # arguments that runs of one cell may differ in; a teacher is known by its weights, wherever they lie
 FREE = NEUTRAL | {'seed'}
+# how all recipes see images
+IMAGES = {'flip': 0.5, 'crop': 'resized', 'crop_area': 0.08, 'val_resize_size': None, 'mean': None, 'std': None}
 # arguments that students of one architecture have in common, whatever the method
 COMMON = ('dataset', 'image_size', 'epochs', 'schedule', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'momentum',
           'nesterov', 'weight_decay', 'no_bias_decay', 'label_smoothing', 'mixup', 'cutmix', 'auto_augment',
           'random_erasing', 'ema', 'crop_padding', 'warmup_epochs', 'warmup_by', 'clip_grad', 'amp', 'accum_steps',
-          'sync_bn', 'crop', 'crop_area', 'flip', 'val_resize_size', 'mean', 'std')
+          'sync_bn', *IMAGES)
 # those of them that methods of a table with own_recipes set for themselves
 OWN = ('epochs', 'lr_drop_epochs', 'lr_drop_ratio', 'warmup', 'nesterov', 'no_bias_decay')
-# what the recipes of all tables have in common, and those of CIFAR's
-SEEN = {'flip': 0.5, 'crop': 'resized', 'crop_area': 0.08, 'val_resize_size': None, 'mean': None, 'std': None}
-RECIPE = SEEN | {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup': 0, 'cutmix': 0,
-                 'auto_augment': 'off', 'random_erasing': 0, 'ema': 0}
+# what the recipes of CIFAR's tables have in common
+RECIPE = IMAGES | {'weight_decay': 5e-4, 'schedule': 'step', 'label_smoothing': 0, 'mixup': 0, 'cutmix': 0,
+                   'auto_augment': 'off', 'random_erasing': 0, 'ema': 0}
 APART = 'they belong into different tables (--results DIR)'
 LEGEND = """Top-1 accuracy in %: *the paper's* / **our last epoch's**, mean ± standard deviation of the sample (seeds),
 then our best test epoch's, then ours less the paper's: of the last epoch, or of the best where the paper's is the best.
@@ -127,7 +128,7 @@ def cell(paper, epoch, epochs, runs):
     arguments = runs[0]['arguments']
     if arguments['epochs'] not in epochs:
         return f'{text}, epochs: {arguments["epochs"]}'
-    recipe = SEEN if arguments['dataset'] == 'imagefolder' else RECIPE
+    recipe = IMAGES if arguments['dataset'] == 'imagefolder' else RECIPE
     if other := [f'{key}: {arguments[key]}' for key, value in recipe.items() if arguments[key] != value]:
         return f'{text}, {", ".join(other)}'
     comparable = paper is not None and epoch  # else it is not known which of ours it would be compared with

@@ -22,6 +22,7 @@ from utils.args import base_parser, check, count
 from utils.data import Prepare, load_data
 from utils.order import spread
 from utils.randomness import seed_everything
+from utils.run import tell_seen
 
 TSNE_CLASSES, TSNE_IMAGES = 10, 1000  # what colours can tell apart and a CPU places in seconds
 COLUMNS = 8  # images in a row of the activation maps
@@ -75,6 +76,7 @@ def worker(args, device):
         networks[f'{role} {arch}'] = network
         if path:
             checkpoint.load_weights(network, path, arch, classes)
+    tell_seen(args.student_resume, args)
     classes = [*classes, *(f'output {i}' for i in range(len(classes), outputs))]
     pictures = {'tsne': draw_tsne, 'correlation': draw_correlation, 'cam': draw_cams}
     if outputs < 2:

@@ -127,6 +127,19 @@ def test_an_evaluation_is_not_told_by_its_first_batch():
     assert n == 16 and seconds < 0.1 / n
 
 
+@pytest.mark.parametrize('flags, told', [
+    ([], 'training 8% to 100 % of the area, 50% mirrored; evaluation shorter side to 256 pixels, of which the middle; '
+         'mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)'),
+    (['--crop', 'random', '--flip', 0, '--val-resize-size', 280, '--mean', 0.5, 0.4, 0.3, '--std', 0.2, 0.2, 0.2],
+     'training a square of 80% of the shorter side, anywhere, 0% mirrored; evaluation shorter side to 280 pixels, of '
+     'which the middle; mean (0.5, 0.4, 0.3), std (0.2, 0.2, 0.2)'),
+    (['--dataset', 'cifar10', '--flip', 1],
+     'training shifted by up to 4 pixels, 100% mirrored; evaluation as they are; mean (0.4914, 0.4822, 0.4465), '
+     'std (0.2023, 0.1994, 0.201)')])
+def test_how_images_are_seen_is_told(flags, told):
+    assert looks.how_seen(arguments('--dummy', *flags)) == told
+
+
 @pytest.mark.parametrize('evaluate', [False, True])
 def test_an_evaluation_records_no_graph(evaluate):
     args = argparse.Namespace(cuda_graph=True, evaluate=evaluate, gpu=None)

@@ -295,8 +295,8 @@ def test_nothing_is_made_of_a_folder_that_cannot_be_read(prepared, folder):
 
 # On the device
 
-def loaders(source, seed=5):
-    args, view = arguments('x'), CropView(arguments('x'), seed)
+def loaders(source, seed=5, flags=()):
+    args, view = arguments('x'), CropView(arguments('x', *flags), seed)
     order = TrainOrder(len(source), 4, 1, seed, 0, 1)
     return (make_loader(Images(source, view), order, args),
             CropLoader(Images(source, view), order, ResidentImages(source, CPU, 2)))
@@ -313,11 +313,12 @@ def test_images_that_are_no_jpegs_have_the_same_pixels_on_either_way(tmp_path):
             assert torch.equal(one.images, other.images)
 
 
-def test_batches_are_those_of_loader_processes(folder):
+@pytest.mark.parametrize('flags', [[], ['--crop', 'random', '--flip', 0.9], ['--crop', 'centre', '--flip', 0]])
+def test_batches_are_those_of_loader_processes(folder, flags):
     """Also where images cannot be read: the same stand-ins, marked alike."""
-    for source in (Folder(folder / 'train'), Folder(folder / 'train', by_pil=True)):
+    for source in [Folder(folder / 'train')] + [Folder(folder / 'train', by_pil=True)] * (not flags):
         a, b = ([batch for _, micro in data.TrainData(loader).updates(2, 4) for batch in micro]
-                for loader in loaders(source))
+                for loader in loaders(source, flags=flags))
         assert len(a) == len(b) == 3 and any((batch.bad >= 0).any() for batch in a)
         for x, y in zip(a, b):
             for name in ('target', 'index', 'bad', 'view'):

@@ -12,7 +12,6 @@ NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 
            'dist_timeout', 'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images',
            'max_broken_updates', 'start_epoch', 'data_backend', 'cache_dir', 'inspect', 'skip_first_evaluation'}
 
-
 SEEN = {'image_size', 'val_resize_size', 'mean', 'std'}  # how an evaluation sees images
 
 

@@ -9,6 +9,7 @@ from io import TextIOBase
 from pathlib import Path
 
 from . import checkpoint, distributed
+from .args import completed
 
 FILES = ['args.json', 'log.jsonl', 'result.json', 'checkpoint.pth', 'checkpoint.pth.new', 'checkpoint.previous.pth',
          'best.pth', 'last.pth', 'teacher.pth', 'predictions.npz', 'start.json', 'start.npz', 'evaluate.json',
@@ -99,6 +100,14 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
     if told:
         kept = [line for line in told if line.endswith('\n') and epoch_of(line) < epoch]
         checkpoint.write(log, ''.join(kept).encode())
+
+
+def arguments_beside(weights: str | Path | None) -> dict | None:
+    """Those of the run in whose folder a file of weights lies, if it is one."""
+    try:
+        return completed(json.loads(Path(weights).with_name('args.json').read_text())) if weights else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def bring_best(source: Path, target: Path, best: dict) -> dict | None:

@@ -137,7 +137,9 @@ class Run:
         """What --evaluate scores: the weights named by --student-resume, else those of the run."""
         if self.args.student_resume:
             checkpoint.load_weights(network, self.args.student_resume, f'--arch {self.args.arch}', classes)
+            tell_seen(self.args.student_resume, self.args)
         elif self.saved:
+            tell_seen(self.origin, self.args)
             checkpoint.refuse_other_classes(self.saved, self.origin, classes)
             checkpoint.fill(network, self.saved, self.origin)
         elif not self.args.pretrained:
@@ -332,15 +334,20 @@ def differing(before: dict, args, keys: set[str] | None = None) -> str:
                      for k in sorted(keys or {*before, 'distiller'} - NEUTRAL) if now.get(k) != before.get(k))
 
 
+def tell_seen(weights: str | Path, args):
+    """Say so where the run that weights are from evaluated other images, or the same ones otherwise."""
+    before = folder.arguments_beside(weights)
+    if otherwise := before and differing(before, args, SEEN):
+        distributed.say(f'note: {weights} is of a run that saw images otherwise: {otherwise}')
+
+
 def refuse_other_arguments(saved: dict, origin: Path, own: bool, args):
     """End where a checkpoint was made with other arguments than this run may go on with.
 
     own: whether it is of the run's own folder, where none may change; with --resume most may, which is told and noted
     """
-    if args.evaluate:
-        if otherwise := differing(saved['arguments'], args, SEEN):
-            print(f'note: the evaluations of {origin.parent} saw images otherwise: {otherwise}', file=sys.stderr)
-    elif differences := differing(saved['arguments'], args):
+    differences = '' if args.evaluate else differing(saved['arguments'], args)
+    if differences:
         before, now = kept(saved['arguments']), kept(vars(args))
         other = [name for name in now if now[name] != before[name]]
         if own:
