@@ -370,9 +370,12 @@ def test_a_short_run_is_no_reproduction(ran):
 
 
 def test_another_recipe_is_no_reproduction(ran):
-    run = summarize(ran('kd-resnet56-resnet20-0', 701, 703, weight_decay=1e-4, mixup=0.2))
+    run = summarize(ran('kd-resnet56-resnet20-0', 701, 703, weight_decay=1e-4, mixup=0.2, flip=0.0))
     told = row(run.stdout, 'CIFAR-100, one family', 'KD')['resnet56 → resnet20']
-    assert told == '*70.66* / **70.10** (1), best 70.30, weight_decay: 0.0001, mixup: 0.2'
+    assert told == '*70.66* / **70.10** (1), best 70.30, flip: 0.0, weight_decay: 0.0001, mixup: 0.2'
+    seen = ran('kd-resnet34-resnet18-0', 701, 703, 'imagenet', epochs=100, val_resize_size=232, mixup=0.2)
+    told = row(summarize(seen).stdout, 'ImageNet', 'KD')['resnet34 → resnet18']
+    assert told == '*71.03* / **70.10** (1), best 70.30, val_resize_size: 232'
     other = ran('kd-resnet56-resnet20-1', 901, 903, dataset='cifar10')
     assert 'is a run on cifar10, and cifar100 a table of cifar100' in refused(other)
 
@@ -395,7 +398,7 @@ def test_protocols_are_not_mixed(ran):
             (ran('dkd-resnet56-resnet20-0', 700, 700, epochs=200), 'epochs'),
             (ran('base-resnet20-0', 700, 700, nesterov=True), 'nesterov'),
             (ran('base-resnet20-1', 700, 700, crop_padding='reflect'), 'crop_padding'),
-            (ran('base-resnet20-2', 700, 700, amp='bf16'), 'amp'),
+            (ran('base-resnet20-2', 700, 700, amp='bf16'), 'amp'), (ran('base-resnet20-3', 700, 700, flip=0.0), 'flip'),
             (ran('kd-resnet56-resnet20-3', 700, 700, global_batch=128), 'global_batch'),
             (ran('kd-resnet56-resnet20-4', 700, 700, global_batch=64, start_epoch=239), 'start_epoch'),
             (ran('kd-resnet56-resnet20-5', 700, 700, global_batch=64, facts={'start': 'abc'}), 'student_resume'),

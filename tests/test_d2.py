@@ -450,6 +450,12 @@ def test_methods_have_the_values_that_are_published_for_detectors():
     assert distill.REVIEWKD.FEATURES == ('p2', 'p3', 'p4', 'p5', 'p6')
 
 
+def test_boxes_have_the_loss_of_the_published_configs():
+    """ReviewKD's leave Detectron2's default."""
+    for name, beta in (('mgd_retinanet_R18_R50', 0.0), ('reviewkd_retinanet_R50_R101', 0.1)):
+        assert config(name).MODEL.RETINANET.SMOOTH_L1_LOSS_BETA == beta
+
+
 def test_schedule_for_other_numbers_of_gpus():
     cfg = config('mgd_retinanet_R18_R50', 'SOLVER.REFERENCE_WORLD_SIZE', 8)
     cfg.freeze()

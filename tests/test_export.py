@@ -92,7 +92,7 @@ def test_the_card_loads_the_averaged_weights_into_torchvisions_network(plain, im
         made = ship(source, '--format', 'torch', '-o', tmp_path / 'student.pth')
         assert made.code == 0 and 'validation images' in made.out, made.err
         saved = torch.load(tmp_path / 'student.pth', weights_only=True)
-        assert saved['classes'] == ['ant', 'bee', 'cat'] and saved['image_size'] == 32
+        assert saved['classes'] == ['ant', 'bee', 'cat'] and (saved['image_size'], saved['resize_size']) == (32, 40)
         assert saved['arch'] == 'shufflenet_v2_x0_5' and (saved['mean'], saved['std']) == (MEAN, STD)
         best = torch.load(plain / 'best.pth', weights_only=True)
         assert all(torch.equal(value, best[name]) for name, value in saved['model'].items())

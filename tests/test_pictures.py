@@ -110,12 +110,14 @@ def test_pictures_of_two_networks(visual, tmp_path, monkeypatch):
     networks = [create_model(name, 10) for name in ('resnet8', 'wrn_16_1')]
     for network, name in zip(networks, 'st'):
         torch.save(network.state_dict(), tmp_path / f'{name}.pth')
+    (tmp_path / 'args.json').write_text(json.dumps({'dataset': 'cifar10', 'image_size': 32, 'mean': [0.5] * 3}))
     seen = []
     monkeypatch.setattr(visualize, 'draw_cams', lambda s, draw=visualize.draw_cams: seen.append(s) or draw(s))
     done = visual(*CIFAR, '--dummy-images', 100, '--arch', 'resnet8', '--student-resume', tmp_path / 's.pth',
                   '--teacher-arch', 'wrn_16_1', '--teacher-resume', tmp_path / 't.pth', '--images', 3,
                   '--output', tmp_path / 'new' / 'pictures', quick=False)
     assert done.code == 0, done.err
+    assert f'{tmp_path / "s.pth"} is of a run that saw images otherwise: --mean is None here' in done.out
     assert all(is_picture(done.folder / f'{name}.png') for name in ('tsne', 'correlation', 'cam'))
 
     seen, = seen
