@@ -453,7 +453,8 @@ def test_methods_have_the_values_that_are_published_for_detectors():
 def test_boxes_have_the_loss_of_the_published_configs():
     """ReviewKD's leave Detectron2's default."""
     for name, beta in (('mgd_retinanet_R18_R50', 0.0), ('reviewkd_retinanet_R50_R101', 0.1)):
-        assert config(name).MODEL.RETINANET.SMOOTH_L1_LOSS_BETA == beta
+        found = config(name).MODEL.RETINANET.SMOOTH_L1_LOSS_BETA
+        assert found == beta
 
 
 def test_schedule_for_other_numbers_of_gpus():
