@@ -37,7 +37,7 @@ class Page:
         self.guesses, self.who = next(iter(self.teachers.values()), (None, None))
         self.runs = [run for way in self.all for run in way.runs]
         self.names = next((told['classes'] for run in self.runs for told in run.guesses), None)
-        self.running = [run for run in self.runs if not run.finished]
+        self.unfinished = [run for run in self.runs if not run.finished]
 
     def html(self):
         arguments = next((way.arguments for way in self.ways + self.teacher if way.arguments), {})
@@ -49,7 +49,7 @@ class Page:
                  self.confused(), self.calibrated(), self.times(), self.origin()]
         page = Template((Path(__file__).parent / 'report_page.html').read_text())
         return page.substitute(title=escape(title), body='\n'.join(parts),
-                               refresh='<meta http-equiv="refresh" content="30">' * bool(self.running))
+                               refresh='<meta http-equiv="refresh" content="30">' * bool(self.unfinished))
 
     def head(self, title):
         n = next((run.validated for run in self.runs if run.validated), None)
@@ -57,7 +57,7 @@ class Page:
         facts = [f'{n:,} validation images' if n else '',
                  f'{len(self.names)} classes' if self.names is not None else '',
                  f'teacher {", ".join(sorted(map(str, under)))}' if under else '',
-                 f'{len(self.runs)} runs' + (f', {len(self.running)} not finished' if self.running else '')]
+                 f'{len(self.runs)} runs' + (f', {len(self.unfinished)} not finished' if self.unfinished else '')]
         tiles = []
         if self.best:
             tiles.append((f'{self.best.last:.1f} %', f'the best of the last epochs: {self.best.name}'))
@@ -71,7 +71,8 @@ class Page:
                 tiles.append((f'{same:.0f} %', f'of the guesses of {self.best.name} are the teacher\'s'))
         shown = ''.join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>'
                         for big, small in tiles)
-        states = ''.join(f'<span class="pill">{escape(run.name)}: {escape(run.state())}</span>' for run in self.running)
+        states = ''.join(f'<span class="pill">{escape(run.name)}: {escape(run.state())}</span>'
+                         for run in self.unfinished)
         return (f'<h1>{escape(title)}</h1><p class="lead">{escape(" · ".join(filter(None, facts)))}</p>{states}'
                 f'<div class="tiles">{shown}</div>')
 

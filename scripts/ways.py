@@ -1,6 +1,7 @@
 """Ways to train: runs that differ in their seed alone, as their folders tell of them, and what they come to."""
 import re
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,7 +33,9 @@ class Run:
         self.seed = self.result.get('seed', self.arguments.get('seed'))
         self.finished = bool(self.result.get('finished'))
         self.stopped = (folder / 'interrupted').exists()
-        self.records = records(lines_of(folder / 'log.jsonl'))[0]
+        log = folder / 'log.jsonl'
+        self.records = records(lines_of(log))[0]
+        self.written = time.strftime('%H:%M, %b %d', time.localtime(log.stat().st_mtime)) if self.records else ''
         self.validated = next((r['valid']['n'] for r in self.records if r.get('valid')), None)  # to validate with
         self.contents = self.result.get('images')  # a hash of all
         self.predictions, self.start = (read_npz(folder / f'{name}.npz') for name in ('predictions', 'start'))
@@ -46,11 +49,13 @@ class Run:
         if self.finished:
             return 'finished'
         a = self.arguments
-        total = a.get('epochs', 0) + (a.get('warmup_epochs', 0) if a.get('warmup') else 0)
-        done = self.records[-1]['epoch'] + 1 if self.records else 0
         if not a:
             return 'nothing recorded yet'
-        return f'{"stopped" if self.stopped else "running"}, {done} of {total} epochs'
+        total = a.get('epochs', 0) + (a.get('warmup_epochs', 0) if a.get('warmup') else 0)
+        done = self.records[-1]['epoch'] + 1 if self.records else 0
+        # Whether it still runs no file tells: it may have been killed.
+        return (f'{"stopped" if self.stopped else "not finished"}, {done} of {total} epochs'
+                + (f', the last at {self.written}' if done else ''))
 
     def curve(self, *keys):
         """[(epoch, value)] of a number deep in the records, where it is there; epochs counted from 1."""

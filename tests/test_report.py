@@ -277,7 +277,8 @@ def test_the_page_while_runs_go_on(tell, tmp_path):
     html = (tmp_path / 'a.html').read_text()
     text = ' '.join(Checked(html).text)
     assert 'http-equiv="refresh" content="30"' in html and 'not recorded yet' in text
-    assert 'kd-0: running, 1 of 4 epochs' in text and 'kd-1: nothing recorded yet' in text
+    assert re.search(r'kd-0: not finished, 1 of 4 epochs, the last at \d\d:\d\d, ', text)
+    assert 'alone-0: not finished, 0 of 1 epochs' in text and 'kd-1: nothing recorded yet' in text
     assert not (tmp_path / 'a.html.tmp').exists()
     (tmp_path / 'empty').mkdir()
     assert tell(tmp_path / 'empty', '-o', tmp_path / 'b.html').code == 0
