@@ -195,8 +195,7 @@ def load_mdistiller(folder: Path):
 
 @cache
 def load_torchdistill(folder: Path):
-    core, = imported(folder, 'torchdistill.core.distillation')
-    return SimpleNamespace(DistillationBox=core.DistillationBox)
+    return imported(folder, 'torchdistill.core.distillation')[0]
 
 
 LOADERS = {MGD: load, MDISTILLER: load_mdistiller, TORCHDISTILL: load_torchdistill}

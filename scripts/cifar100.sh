@@ -1,6 +1,6 @@
 #!/bin/bash
-# The tables of CIFAR-100: the recipes and the loop. cifar100_same.sh, cifar100_cross.sh and srd_dist.sh name their
-# pairs and source this; what follows them on the command line is the same for all:
+# The tables of CIFAR-100: the recipes and the loop. cifar100_teachers.sh, cifar100_same.sh, cifar100_cross.sh and
+# srd_dist.sh name their networks or pairs and source this; what follows on the command line is the same for all:
 #
 #     DATA=/cifar scripts/cifar100_teachers.sh                                  first the teachers, with seed 0
 #     DATA=/cifar scripts/cifar100_same.sh METHOD [PAIRS [SEEDS]] [FLAGS]       all pairs of the table, 5 seeds
@@ -12,7 +12,7 @@
 # Seeds with a comma between them are trained side by side: on a GPU, in a fraction of the time that they take in turn.
 # A PAIR is TEACHER-STUDENT. Runs go to runs/cifar100/METHOD-TEACHER-STUDENT-SEED, without a teacher to
 # base-NETWORK-SEED; called again, what is finished is passed over and what was interrupted goes on. All students of a
-# teacher have the same one, base-TEACHER-0, at its last epoch. FLAGS of main_distill.py win over the recipe.
+# teacher have the same one, base-TEACHER-0, at its last epoch. FLAGS of main_*.py win over the recipe.
 #
 #     METHOD       base, no teacher; teachers, those of the pairs; any --distiller alone, by its defaults (ab and fsp
 #                  for 30 epochs, then the labels: FLAGS are those of main_base.py); and
@@ -26,12 +26,12 @@
 # launcher multiplied batch and rate by the number of GPUs, here they are those of one; its weights are those of
 # MRKD.py; its configurations name compiled code instead, which has --mrkd-pearson 32 --mrkd-kendall 16 --mrkd-top 0.5.
 # ReviewKD's weights of cifar_vgg13-cifar_vgg8 and cifar_resnet50-cifar_mobilenet_v2 are users'; other teachers of a
-# MobileNetV2 may want more than the default, too. OFD's weight of resnet56-resnet20 is what its author advised where the usual one fell
-# below the student alone. SimKD's student shows its last stage: the convolution behind it, in MobileNetV2 and
-# ShuffleNetV2, is out of use.
+# MobileNetV2 may want more than the default, too. OFD's weight of resnet56-resnet20 is what its author advised where
+# the usual one fell below the student alone. SimKD's student shows its last stage: the convolution behind it, in
+# MobileNetV2 and ShuffleNetV2, is out of use.
 set -euo pipefail
 
-usage() { echo "usage: DATA=CIFAR_ROOT|--dummy $(basename "$0") $words [FLAGS of main_distill.py]" >&2; exit 2; }
+usage() { echo "usage: DATA=CIFAR_ROOT|--dummy $(basename "$0") $words [FLAGS of main_*.py]" >&2; exit 2; }
 
 [[ ${1--} != -* ]] || usage
 method=$1
@@ -54,6 +54,7 @@ schedule() {  # NETWORK: how it is trained by whatever method
         cifar_resnet18 | resnet[0-9]*)
             [[ $table != srd_dist ]] || recipe+=(--epochs 350 --batch-size 128 --lr 0.1 --lr-drop-epochs 150 250 320) ;;
     esac
+    [[ $table != srd_dist ]] || recipe+=(--crop-padding reflect)
 }
 
 distillation() {  # for $pair by $method
@@ -105,9 +106,8 @@ distillation() {  # for $pair by $method
                 resnet56-resnet20) recipe+=(--reviewkd-weight 0.6) ;;
                 resnet110-resnet32) recipe+=(--reviewkd-weight 1) ;;
                 resnet32x4-resnet8x4 | wrn_40_2-wrn_16_2 | wrn_40_2-wrn_40_1 | resnet32x4-shufflenet_v1 \
-                    | wrn_40_2-shufflenet_v1) recipe+=(--reviewkd-weight 5) ;;
+                    | wrn_40_2-shufflenet_v1 | cifar_vgg13-cifar_vgg8) recipe+=(--reviewkd-weight 5) ;;
                 resnet32x4-cifar_shufflenet_v2) recipe+=(--reviewkd-weight 8) ;;
-                cifar_vgg13-cifar_vgg8) recipe+=(--reviewkd-weight 5) ;;
                 cifar_resnet50-cifar_mobilenet_v2) recipe+=(--reviewkd-weight 30) ;;
                 *) unpublished weight ;;
             esac ;;
@@ -196,7 +196,7 @@ for pair in $pairs; do
                 [[ $method == dml || $DATA == --dummy ]] ||
                     recipe+=(--teacher-resume "${teacher:=$folder/base-${pair%%-*}-0/last.pth}")
                 home=${teacher%/*}  # of a run, unless somebody has put weights there, and nothing else
-                if [[ $teacher && ( -e $home/args.json || -e $home/result.json ) ]] &&
+                if [[ $teacher && " $*" != *" --teacher-resume"* && ( -e $home/args.json || -e $home/result.json ) ]] &&
                     ! grep -qs '"finished": true' "$home/result.json"; then
                     echo "error: $name: the teacher, ${teacher%/*}, is still learning" >&2
                     failed=1

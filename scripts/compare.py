@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, reads_outputs
 from utils import folder
-from utils.args import base_parser
+from utils.args import SWITCH, base_parser
 from utils.signals import EXIT_INTERRUPTED as INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,18 +44,10 @@ def spelt_out(flags: list[str]) -> list[str]:
         except (OSError, ValueError) as error:
             parser.error(f'{word}: {error}')
         words += [word] if lines is None else [w for line in lines for w in parser.convert_arg_line_to_args(line)]
-    words = [part for word in words  # --use-pretrained=1 as two words
-             for part in (word.split('=', 1) if word.startswith('--use-pretrained=') else [word])]
-    spelt = []
-    while words:
-        word = words.pop(0)
-        if word != '--use-pretrained':
-            spelt.append(word)
-            continue
-        value = words.pop(0) if words and words[0] in ('0', '1') else '1'
-        if value == '1':
-            spelt.append('--pretrained')
-    return spelt
+    mgd = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    mgd.add_argument('--use-pretrained', **SWITCH)
+    given, others = mgd.parse_known_args(words)
+    return others + ['--pretrained'] * bool(given.use_pretrained)
 
 
 def of_student(flags: list[str]) -> list[str]:
@@ -253,7 +245,8 @@ def main():
             shlex.split(words)
         except ValueError as error:
             parser.error(f'--flags {name} {words}: {error}')
-    if taken := [word for word in flags if word.partition('=')[0] in OURS]:
+    given = flags + spelt_out([word for _, words in args.flags for word in shlex.split(words)])
+    if taken := [word for word in given if word.partition('=')[0] in OURS]:
         parser.error(f'{taken[0]} is for compare.py to give')
     if args.jobs < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.methods}) < len(args.methods):
         parser.error('--jobs has to be above 0, and no seed or method there twice')

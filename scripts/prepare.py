@@ -5,8 +5,8 @@
 
 The main scripts read the copy as any folder. What is in it already is passed over, so the same command goes on with
 what was interrupted; it stores an image again whose modification time has changed. Training images that cannot be read
-are named in manifest.json and left out, up to a thousandth of all; more, one to evaluate, or a class without any that
-can, is an error, and the copy is not used until it is mended. Smaller images stay as they are.
+are named in manifest.json and left out, up to a thousandth of all, but one at least; more, one to evaluate, or a class
+without any that can, is an error, and the copy is not used until it is mended. Smaller images stay as they are.
 Of --size 256 the pixels are those of an evaluation at 224, as it is by default: with --format raw it scores the same to
 the digit.
 """
@@ -112,7 +112,7 @@ def store_shard(job: tuple, size: int) -> dict:
     """Of some images: their pixels in a row in one file, then names, classes, heights and widths in another."""
     samples, target = job
     index, times = target.with_suffix('.json'), [os.stat(path).st_mtime for path, *_ in samples]
-    if not finished(target, index, times):
+    if not finished(target, index, samples, times):
         target.parent.mkdir(parents=True, exist_ok=True)
         new, images, unreadable, check = target.with_suffix('.tmp'), [], {}, 0
         with open(new, 'wb') as file:
@@ -130,20 +130,18 @@ def store_shard(job: tuple, size: int) -> dict:
         new.rename(target)
         write_json(index, {'images': images, 'unreadable': unreadable, 'times': times})
     found = json.loads(index.read_text())
-    if [name for name, *_ in found['images']] != [name for path, name, _ in samples if path not in found['unreadable']]:
-        raise Damaged(f'{index} has other images than there are now: remove the folder')
     return {'images': len(found['images']), 'unreadable': found['unreadable']}
 
 
-def finished(target: Path, index: Path, times: list[float]) -> bool:
+def finished(target: Path, index: Path, samples: list, times: list[float]) -> bool:
     """Whether a shard is whole, and of these images; what could not be read may have been mended since."""
     if not index.exists() or not target.exists():
         return False
     try:
         found = json.loads(index.read_text())
         pixels = sum(3 * height * width for *_, height, width in found['images'])
-        return target.stat().st_size == pixels and not found['unreadable'] and (
-            len(found['times']) == len(times) and all(map(same_time, found['times'], times)))
+        same = [(name, label) for name, label, *_ in found['images']] == [(name, label) for _, name, label in samples]
+        return same and target.stat().st_size == pixels and all(map(same_time, found['times'], times))
     except (ValueError, KeyError, TypeError):  # torn
         return False
 
@@ -209,7 +207,7 @@ def main():
                         help='JPEGs in the same folders, or pixels, which are read faster and are larger (%(default)s)')
     parser.add_argument('--quality', type=int, default=90, metavar='1..100', help='of the JPEGs (%(default)s)')
     parser.add_argument('--max-bad-images', type=int, metavar='N',
-                        help='unreadable training images to leave out (a thousandth of all)')
+                        help='unreadable training images to leave out (a thousandth of all, but one at least)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes (one per core)')
     args = parser.parse_args()
     if args.size < 1 or args.workers < 1 or not 1 <= args.quality <= 100 or (args.max_bad_images or 0) < 0:

@@ -168,7 +168,7 @@ class Page:
             return ''
         parts = []
         for way in matched:
-            updates = [[(record['epoch'] + 1, row) for record in run.records
+            updates = [[(record['epoch'], row) for record in run.records
                         for row in (record.get('news') or {}).get('mgd', [])] for run in way.runs]
             stages = sorted({row['stage'] for run in updates for _, row in run})
             for key, title, factor in (('changed', 'Teacher channels that changed hands, %', 100),
@@ -306,9 +306,8 @@ class Page:
         for way in self.all:
             first = next((run for run in way.runs if run.result.get('command')), None)
             if first:
-                others = ', '.join(str(run.seed) for run in way.runs if run is not first)
-                again = f'\n# and with --seed {others}' if others else ''
-                commands.append(f'python {first.result["command"]}{again}')
+                seeds = ', '.join(str(run.seed) for run in way.runs if run.seed is not None)
+                commands.append(f'python {first.result["command"]}\n# seeds: {seeds}')
         return section(
             'What it was made with', 'All that is needed to do it again.', html_table(['', ''], rows),
             (f'<details><summary>Arguments in which the ways differ</summary>'

@@ -10,5 +10,4 @@ words='METHOD [PAIRS [SEEDS]]'
 pairs='wrn_40_4-wrn_16_4 wrn_40_2-wrn_40_1 wrn_40_4-wrn_16_2 wrn_40_4-cifar_mobilenet_v2_x1_0
        cifar_resnet18-cifar_mobilenet_v2_x1_0'
 seeds='0 1 2 3 4' table=srd_dist
-set -- "$@" --crop-padding reflect
 source "$(dirname "$0")/cifar100.sh"

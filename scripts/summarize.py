@@ -119,16 +119,18 @@ def agree(one, other, differing):
 
 
 def cell(paper, epoch, epochs, runs):
-    """epoch: which of ours the paper's is compared with; epochs: how long runs that compare with it are."""
+    """epoch: which of ours the paper's is compared with; epochs: how long a method, or a network, is trained."""
     copied = '-' if paper is None else f'*{paper:.2f}*'
     if not runs:
         return copied if paper is None else f'{copied} / -'
     ours = {which: [run['top1'][which] for run in runs] for which in ('last', 'best')}
     text = f'{copied} / **{over_seeds(ours["last"])}** ({len(runs)}), best {over_seeds(ours["best"])}'
-    arguments = runs[0]['arguments']
-    if arguments['epochs'] not in epochs:
+    run, arguments = runs[0], runs[0]['arguments']
+    names = f'{run["method"]}-{run["pair"]}', run['method'], run['arch'], '*'
+    if arguments['epochs'] != next((epochs[name] for name in names if name in epochs), None):
         return f'{text}, epochs: {arguments["epochs"]}'
-    recipe = IMAGES if arguments['dataset'] == 'imagefolder' else RECIPE
+    padding = {'crop_padding': 'reflect' if run['table'] == 'srd_dist' else 'zeros'}
+    recipe = IMAGES if arguments['dataset'] == 'imagefolder' else RECIPE | padding
     if other := [f'{key}: {arguments[key]}' for key, value in recipe.items() if arguments[key] != value]:
         return f'{text}, {", ".join(other)}'
     comparable = paper is not None and epoch  # else it is not known which of ours it would be compared with
@@ -180,7 +182,7 @@ def unpublished(tables, runs):
             rows = [[method, label, None, [None] * len(pairs)]
                     for method, label in (('teachers', 'teacher'), ('base', 'student alone'))]
             yield {'title': f'{name}: pairs without published numbers', 'runs': name, 'pairs': [*pairs], 'rows': rows,
-                   'epochs': [], 'notes': []}
+                   'epochs': {}, 'notes': []}
 
 
 def main():

@@ -58,14 +58,14 @@ class Run:
                 + (f', the last at {self.written}' if done else ''))
 
     def curve(self, *keys):
-        """[(epoch, value)] of a number deep in the records, where it is there; epochs counted from 1."""
+        """[(epoch, value)] of a number deep in the records, where it is there."""
         points = []
         for record in self.records:
             value = record
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
             if isinstance(value, (int, float)):
-                points.append((record['epoch'] + 1, value))
+                points.append((record['epoch'], value))
         return points
 
 

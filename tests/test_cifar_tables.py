@@ -196,6 +196,7 @@ def test_pairs_of_srdwithdist(asked, method, distillers, values):
     for (pair, b), (_, args) in zip(SRD.items(), calls, strict=True):
         assert_method(args, *distillers, **values)
         assert_recipe(args, pair.split('-')[1], 0.01 if 'mobilenet' in pair else 0.05)
+        assert args.crop_padding == 'reflect'
         if method != 'dml':
             assert_taught(args, method, pair, 'srd_dist')
         if method == 'srdwithdist':
@@ -241,6 +242,8 @@ def test_flags_win_and_a_check_needs_no_teacher(asked):
                        DATA='--dummy')[0]
     assert args.dummy and args.teacher_resume is None
     assert (args.epochs, args.kd_weight, args.batch_size) == (1, 2, 8)
+    (_, args), = asked('srd_dist.sh', 'base', 'resnet8', 0, '--crop-padding', 'zeros')[0]
+    assert args.crop_padding == 'zeros'
 
 
 def test_seeds_with_a_comma_are_trained_side_by_side(asked):
@@ -286,6 +289,9 @@ def test_nobody_learns_from_a_teacher_that_still_learns(tmp_path):
                      RUNS=tmp_path)
         assert run.stdout.count('run') == 1 + finished and run.returncode == 1 - finished
         assert finished or 'base-resnet56-0, is still learning' in run.stderr
+        other = recipe(tmp_path, 'cifar100_same.sh', 'kd', 'resnet56-resnet20', 0, '--teacher-resume', 'mine.pth',
+                       DATA='/data', RUNS=tmp_path)
+        assert other.returncode == 0 and other.stdout == 'run\n'
 
 
 # the tables
@@ -340,7 +346,8 @@ def test_cells(ran):
             ran('expkd-resnet56-resnet20-0', 711, 712),
             ran('base-resnet20-0', 690, 690), ran('base-resnet56-0', 720, 724),
             ran('mgd-resnet56-resnet20-0', 700, 700), ran('kd-resnet20-resnet8-0', 600, 610, teacher='def'),
-            ran('base-wrn_16_1-0', 600, 610), ran('dist-wrn_40_4-wrn_16_4-0', 790, 792, table='srd_dist')]
+            ran('base-wrn_16_1-0', 600, 610),
+            ran('dist-wrn_40_4-wrn_16_4-0', 790, 792, table='srd_dist', crop_padding='reflect')]
     run = summarize(*runs)
     assert run.returncode == 0, run.stderr
     one, pair = 'CIFAR-100, one family', 'resnet56 → resnet20'
@@ -369,6 +376,20 @@ def test_a_short_run_is_no_reproduction(ran):
     assert told == '*70.66* / **70.10** (1), best 70.30, epochs: 60'
 
 
+def test_each_is_trained_as_long_as_its_paper_says(ran):
+    srd, alone = {'table': 'srd_dist', 'crop_padding': 'reflect'}, 'CIFAR-100, networks alone, by SRDwithDIST\'s recipe'
+    run = summarize(ran('base-resnet8-0', 615, 616, **srd, epochs=350), ran('base-resnet14-0', 680, 681, **srd),
+                    ran('base-wrn_16_1-0', 678, 679, **srd))
+    cells = row(run.stdout, alone, 'alone')
+    assert cells['resnet8'].endswith(', -0.03') and cells['resnet14'].endswith(', epochs: 240')
+    assert cells['wrn_16_1'].endswith(', -0.05')
+    pair = 'resnet50-mobilenet_v1'
+    run = summarize(*(ran(f'{method}-{pair}-0', 705, 706, 'imagenet', epochs=epochs)
+                      for method, epochs in (('kd', 150), ('mgd', 120), ('expkd', 150))))
+    told = [row(run.stdout, 'ImageNet', label)[pair.replace('-', ' → ')] for label in ('KD', 'MGD', 'Exp-KD ¹')]
+    assert ['epochs' in cell for cell in told] == [True, False, False]
+
+
 def test_another_recipe_is_no_reproduction(ran):
     run = summarize(ran('kd-resnet56-resnet20-0', 701, 703, weight_decay=1e-4, mixup=0.2, flip=0.0))
     told = row(run.stdout, 'CIFAR-100, one family', 'KD')['resnet56 → resnet20']
@@ -376,6 +397,9 @@ def test_another_recipe_is_no_reproduction(ran):
     seen = ran('kd-resnet34-resnet18-0', 701, 703, 'imagenet', epochs=100, val_resize_size=232, mixup=0.2)
     told = row(summarize(seen).stdout, 'ImageNet', 'KD')['resnet34 → resnet18']
     assert told == '*71.03* / **70.10** (1), best 70.30, val_resize_size: 232'
+    run = summarize(ran('dkd-resnet56-resnet20-0', 701, 703, crop_padding='reflect'))
+    told = row(run.stdout, 'CIFAR-100, one family', 'DKD')['resnet56 → resnet20']
+    assert told.endswith('best 70.30, crop_padding: reflect')
     other = ran('kd-resnet56-resnet20-1', 901, 903, dataset='cifar10')
     assert 'is a run on cifar10, and cifar100 a table of cifar100' in refused(other)
 

@@ -1,6 +1,7 @@
 """Prepared folders: what is in them, that they are finished, and what training and evaluation see of them."""
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -118,6 +119,19 @@ def test_what_was_replaced_is_taken_anew(prepared, folder, form):
     (prepared.source / 'train' / 'ant' / '0.jpg').write_text('broken by now')
     prepared.bad = 3
     assert len(load_source(arguments(prepared(form)), train=True)) == 13
+
+
+def test_images_come_and_go_where_all_have_one_time(prepared, folder, monkeypatch):
+    """As of an archive that was made so: what a shard of as many images holds, its times do not tell."""
+    monkeypatch.setattr(prepare, 'SHARD', 4)
+    (folder / 'train' / 'bee' / 'text.jpg').unlink()  # of 16, to have room for another one in the last shard
+    for path in folder.rglob('*.*'):
+        os.utime(path, (1e9, 1e9))
+    prepared('raw')
+    image, new = folder / 'train' / 'ant' / '0.jpg', folder / 'train' / 'ant' / '00.jpg'
+    for change in (lambda: shutil.copy2(image, new), new.unlink):
+        change()
+        assert len(load_source(arguments(prepared('raw')), train=True)) == 14 + new.exists()
 
 
 def test_a_class_that_is_there_no_more_is_not_kept(prepared, folder):
