@@ -42,7 +42,7 @@ def main():
     add_stage_flags(g)
     g.add_argument('--logit-standardize', **on, help='methods see the z-scores of each logit vector (LSKD)')
     g.add_argument('--pair-images', type=count, default=20000, metavar='N',
-                   help='training images that a method may look at with both networks before an epoch')
+                   help='training images that a method may look at before an epoch')
     g.add_argument('--cache-teacher', choices=('off', 'lazy', 'full'), default='off',
                    help="keep the teacher's logits (and pooled features, if needed) of all 162 views of each CIFAR "
                         'image, in float16: as they come up, or all of them before the first epoch')
@@ -119,9 +119,6 @@ def worker(args, device):
         if args.teacher_stream and not args.evaluate:
             distillation.teach_beside(device)
     network = distillation.shipped()
-    run.told = {'ce_weight': distillation.ce_weight,
-                'stages': {name: distiller.pairing for name, distiller in distillers.items() if distiller.pairing}}
-
     both = {'student': distributed.replicated(network, device, args),
             'teacher': distributed.replicated(teacher, device, args)}
     if args.evaluate:
@@ -135,6 +132,8 @@ def worker(args, device):
         return
 
     # what trains them
+    run.told = {'ce_weight': distillation.ce_weight,
+                'stages': {name: distiller.pairing for name, distiller in distillers.items() if distiller.pairing}}
     cache = None
     if args.cache_teacher != 'off':
         cache = together.shared(('cache', teacher), lambda: TeacherCache(
@@ -169,7 +168,7 @@ def worker(args, device):
     while run.progress['epoch'] < total_epochs(args):
         def look(epoch=run.progress['epoch']):
             return map(prepare, train.sample(epoch, args.pair_images))
-        news = distillation.start_epoch(run.progress['epoch'] + 1, look)  # without --amp: rounding would flip ties
+        news = distillation.start_epoch(run.progress['epoch'] + 1, look)  # without --amp: its rounding would flip ties
         if news is None:
             run.interrupt()
         run.tell(news)

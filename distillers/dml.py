@@ -9,8 +9,9 @@ class DML(Distiller):
         L_s = weight_s * mean_b KL(p_t || p_s)    p_t a constant;  p = softmax(z)
         L_t = weight_t * mean_b KL(p_s || p_t)    p_s a constant
 
-    The "teacher" learns the labels, too, and starts from random weights. Both learn from the predictions of one forward
-    pass and move in one step; the paper lets the second look at the first again after its step.
+    The "teacher" learns the labels, too, and starts from random weights, or from those of --teacher-resume. Both learn
+    from the predictions of one forward pass and move in one step; the paper lets the second look at the first again
+    after its step.
 
     Defaults: the paper.
 

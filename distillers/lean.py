@@ -15,7 +15,7 @@ from .base import Distillation, probe_image
 
 
 class LeanTeacher:
-    """In place of the teacher while a student trains: norms folded, weights in the precision they are used in.
+    """In place of the teacher while a student trains: with norms folded, or weights in the precision they are used in.
 
     The teacher itself is what is scored and matched.
     """

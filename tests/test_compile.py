@@ -161,9 +161,12 @@ def test_the_average_that_is_evaluated_is_compiled_as_well():
 
 def test_dot_goes_back_twice_through_compiled_graphs(distill, tmp_path, monkeypatch):
     traced(monkeypatch)
-    eager, compiled = (distill(*TINY, '--optimizer', 'dot', *flags, '--output', tmp_path / str(len(flags)))
-                       for flags in ([], ['--compile']))
+    eager, compiled = (distill(*TINY, '--distiller', 'fitnet', '--optimizer', 'dot', *flags,
+                               '--output', tmp_path / str(len(flags))) for flags in ([], ['--compile']))
     assert eager.code == compiled.code == 0, compiled.err
+    parts = [run.weights('checkpoint.pth')['optimizer']['state'].values() for run in (eager, compiled)]
+    shared = [[part['shared'] for part in of_run] for of_run in parts]
+    assert shared[0] == shared[1] and {*shared[0]} == {True, False}  # the classifier and the connector have one loss
     assert compiled.log()[0]['train']['loss'] == pytest.approx(eager.log()[0]['train']['loss'], rel=1e-5)
 
 

@@ -185,6 +185,7 @@ def test_evaluation_scores_both(distill, images, teacher, tmp_path):
     run = distill(*flags(images, teacher, tmp_path / 'e', '-e', '--student-resume', tmp_path / 'run' / 'last.pth'))
     assert run.code == 0, run.err
     scores = run.json('evaluate.json')['scores']
+    assert 'ce_weight' not in run.json('evaluate.json')  # of no matter here
     assert (tmp_path / 'run' / 'start.json').exists() and not (tmp_path / 'run' / 'evaluate.json').exists()
     assert scores['student']['n'] == scores['teacher']['n'] == 15 and 'agreement' in scores
 

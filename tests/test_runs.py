@@ -160,9 +160,15 @@ def test_a_run_goes_on_under_a_version_that_has_more_flags(base, images, tmp_pat
 def test_what_the_global_batch_is_does_not_change(base, images, tmp_path, monkeypatch):
     with at_call(1):
         assert base(images, '-b', 8, '--output', tmp_path).code == signals.EXIT_INTERRUPTED
-    monkeypatch.setattr(distributed, 'nodes', lambda: 2)
+    monkeypatch.setattr(distributed, 'planned', lambda args: (2, 2))
     other = base(images, '-b', 8, '--output', tmp_path)
     assert other.code == 1 and '--global-batch is 16 here, 8 there' in other.err
+    with at_call(1):
+        base(images, '-b', 8, '--output', tmp_path, '--overwrite')
+    monkeypatch.undo()
+    look = base(images, '-b', 8, '--output', tmp_path, '--inspect', '--world-size', 2, '--rank', 0,
+                '--dist-url', 'tcp://nowhere:1')
+    assert look.code == 0, look.out  # at what two nodes would do
 
 
 def test_a_run_that_goes_on_in_a_new_folder_has_the_best_weights_there(base, images, tmp_path):

@@ -4,7 +4,8 @@ checkpoint.pth is a plain dict:
     format     1
     model, optimizer, scaler, ema, ...    state dicts of what the run tracks (a frozen teacher is never among them)
     progress   epoch, sample (how much of the epoch's order is done), sums of its meters, its unreadable images and
-               broken updates, best, last, the teacher's score, seconds, arguments that --resume has changed on the way
+               broken updates, best, last, the teacher's score, seconds, arguments that --resume has changed on the way,
+               stints (on what code, versions and device, from which epoch on), news of methods in the epoch under way
     seed       all there is of randomness (randomness.py)
     arguments  of the command line, a dict
     facts      what else the run is tied to: hashes of its images' names, of the weights it starts from,

@@ -213,8 +213,8 @@ class TrainData:
 
 
 def collate(samples: list[Batch], join) -> Batch:
-    images, *others = zip(*samples)
-    return Batch(stack(images, join), *map(default_collate, others))
+    images, target, index, bad, _, view = zip(*samples)
+    return Batch(stack(images, join), *map(default_collate, (target, index, bad)), view=default_collate(view))
 
 
 def make_loader(images, order, args):

@@ -1,4 +1,6 @@
 """What the device does in an update, from batches to new weights."""
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,10 @@ class Learner:
 
     def learn(self, batch, look: Closely | None = None) -> Tensor:
         """Add the gradient of a batch to those before; what the meter counts of it, on the device."""
-        with precision(self.device, self.args.amp), timed('forward'):
+        # Compiled, a loss gives all parameters a gradient, if only of zeros: DOT could not tell whom it reaches.
+        eager = self.args.compile and isinstance(self.optimizer, DOT) and not self.optimizer.state
+        with (torch.compiler.set_stance('force_eager') if eager else nullcontext(),
+              precision(self.device, self.args.amp), timed('forward')):
             logits, losses = self.task(batch)
         total = sum(losses.values())
         loss = self.guard.loss(batch.weight * total)

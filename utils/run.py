@@ -4,7 +4,7 @@
     teacher.pth       where it learns, too
     start.* evaluate.*    scores before the first epoch, and of --evaluate
     interrupted       there while a run has stopped for a signal and waits to be started again
-    nonfinite.json    where and when a loss was not finite
+    nonfinite.json    where and when a loss or gradient was not finite
     predictions.npz   of the last epoch: of each validation image the class, the guess, and how sure it was
 Only global rank 0 touches it.
 """
@@ -27,7 +27,6 @@ import torchvision
 
 from . import checkpoint, distributed, folder, signals
 from .args import NEUTRAL, SEEN, completed
-from .data import global_batch
 from .engine import EXIT_BROKEN
 from .errors import one_line
 from .meters import percentages
@@ -321,7 +320,8 @@ class Run:
 
 def recorded(args) -> dict:
     """The arguments, with the one number that also follows from how many nodes there are."""
-    return json.loads(json.dumps(vars(args) | {'global_batch': global_batch(args) * args.accum_steps}))
+    return json.loads(json.dumps(vars(args) | {
+        'global_batch': args.batch_size * distributed.planned(args)[1] * args.accum_steps}))
 
 
 def differing(before: dict, args, keys: set[str] | None = None) -> str:

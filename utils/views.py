@@ -30,13 +30,13 @@ def random_extras(args):
     """What may follow crop and flip: a policy, an erased rectangle (in the mean colour, which normalises to 0)."""
     linear = v2.InterpolationMode.BILINEAR
     policy = v2.AutoAugmentPolicy.IMAGENET if args.dataset == 'imagefolder' else v2.AutoAugmentPolicy.CIFAR10
-    policies = {'off': lambda: v2.Identity(), 'autoaugment': lambda: v2.AutoAugment(policy, linear),
-                'randaugment': lambda: v2.RandAugment(interpolation=linear),
-                'trivialaugment': lambda: v2.TrivialAugmentWide(interpolation=linear),
-                'augmix': lambda: v2.AugMix(interpolation=linear)}
+    policies = {'off': v2.Identity(), 'autoaugment': v2.AutoAugment(policy, linear),
+                'randaugment': v2.RandAugment(interpolation=linear),
+                'trivialaugment': v2.TrivialAugmentWide(interpolation=linear),
+                'augmix': v2.AugMix(interpolation=linear)}
     mean = [round(255 * m) for m in statistics(args)[0]]
     erasing = v2.RandomErasing(args.random_erasing, value=mean) if args.random_erasing else v2.Identity()
-    return v2.Compose([policies[args.auto_augment](), erasing])
+    return v2.Compose([policies[args.auto_augment], erasing])
 
 
 class CropView:
