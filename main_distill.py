@@ -31,7 +31,7 @@ from utils.randomness import seed_everything
 from utils.run import Run
 
 
-def main():
+def make_parser() -> argparse.ArgumentParser:
     parser = base_parser('Distil a student from a teacher.')
     on = SWITCH | {'default': False}
     g = parser.add_argument_group('distillation')
@@ -62,6 +62,11 @@ def main():
     g.add_argument('--loss-factor', dest='mgd_loss_factor', type=float, default=argparse.SUPPRESS, metavar='X',
                    help='as --mgd-loss-factor')
     g.add_argument('--mgd-with-kd', **on, help='as --distiller mgd kd --kd-temperature 1.5 --kd-weight 1')
+    return parser
+
+
+def main():
+    parser = make_parser()
     args = parser.parse_args()
     if args.list_distillers:
         print(describe(DISTILLERS))

@@ -67,6 +67,8 @@ def build_student(args, classes, pretrained=False, shows=False):
         distributed.say(f'note: {args.arch} was published for images of mean {published[0]} and std {published[1]}; '
                         f'as a student it gets those of mean {given[0]} and std {given[1]} (--mean, --std)')
     try_out(network, args.arch, classes, f'--image-size {args.image_size}', args.image_size)
+    if not (args.evaluate or any(p.requires_grad for p in network.parameters())):
+        sys.exit(f'error: {args.arch} has nothing to train: none of its parameters has requires_grad')
     return showing(network, args.arch, classes, args.student_stages, args.image_size) if shows else network
 
 
@@ -123,7 +125,9 @@ def images_of(network, size):
 
 @torch.no_grad()
 def try_out(network, arch, classes, flag, size):
-    """Refuse a network that makes something else than logits of one image."""
+    """Refuse a network that makes something else than logits of one image, or whose state is more than tensors."""
+    if odd := [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        sys.exit(f'error: {arch}: {odd[0]} of its state is no tensor (get_extra_state), which no file of weights holds')
     with evaluating(network):
         try:
             refuse_other_outputs(network(torch.zeros(1, 3, size, size)), classes)

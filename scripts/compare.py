@@ -25,6 +25,7 @@ from ways import collect, table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillers import DISTILLERS, reads_outputs
+from main_distill import make_parser
 from utils import folder
 from utils.args import SWITCH, base_parser
 from utils.signals import EXIT_INTERRUPTED as INTERRUPTED
@@ -248,6 +249,8 @@ def main():
     given = flags + spelt_out([word for _, words in args.flags for word in shlex.split(words)])
     if taken := [word for word in given if word.partition('=')[0] in OURS]:
         parser.error(f'{taken[0]} is for compare.py to give')
+    if unknown := [word for word in make_parser().parse_known_args(given)[1] if word.startswith('-')]:
+        parser.error(f'{unknown[0]} is no flag of main_distill.py')
     if args.jobs < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.methods}) < len(args.methods):
         parser.error('--jobs has to be above 0, and no seed or method there twice')
 

@@ -52,9 +52,12 @@ def main():
     options = parser.parse_args()
     if missing := [name for name in NEEDS.get(options.format, []) if not importlib.util.find_spec(name)]:
         sys.exit(f'error: --format {options.format} needs packages that are not here: pip install {" ".join(missing)}')
-    with distributed.at_end, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # exporters warn of their own insides
-        export(options)
+    try:
+        with distributed.at_end, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # exporters warn of their own insides
+            export(options)
+    except KeyboardInterrupt:
+        sys.exit(signals.EXIT_INTERRUPTED)
 
 
 def export(options):
@@ -111,7 +114,7 @@ def export(options):
         told = facts(args, path, record, network, meta)
         file.with_name(file.name + '.md').write_text(card(file, small, args, told, meta, rows, how))
     except (OSError, RuntimeError, ValueError) as error:  # exporters' own errors are RuntimeErrors
-        sys.exit(f'error: cannot write {file}: {line(error)}')
+        sys.exit(f'error: cannot write {file}: {checkpoint.why(error, file)}')
     finally:
         checkpoint.remove(unchecked)
     print(*rows, sep='\n')

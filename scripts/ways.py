@@ -1,4 +1,5 @@
 """Ways to train: runs that differ in their seed alone, as their folders tell of them, and what they come to."""
+import os
 import re
 import sys
 import time
@@ -118,7 +119,7 @@ def by_way(folders):
     """Runs in the order given. Those that differ in more than the seed are no sample of one thing."""
     ways = {}
     for folder in folders:
-        held = {path.name for path in folder.iterdir()} - {'.lock', 'out.txt'} if folder.is_dir() else {'nothing'}
+        held = {*os.listdir(folder)} - {'.lock', 'out.txt'} if os.path.isdir(folder) else {'nothing'}
         if held and not held & {'args.json', 'result.json', 'log.jsonl'}:  # an empty one is of a run to come
             refuse(f'{folder} is not the folder of a run')
         ways.setdefault(re.sub(SEED_OR_TIME, '', folder.resolve().name), []).append(Run(folder))

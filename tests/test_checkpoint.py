@@ -1,4 +1,5 @@
 """Files that survive, weights that fit."""
+import argparse
 import os
 import pickle
 import signal
@@ -104,7 +105,13 @@ def layouts(weights):
     yield {'model': {f'module.{who}.{k}': v + (who == 'teacher') for who in ('student', 'teacher')
                      for k, v in weights.items()}, 'best_acc': 71.2}
     average = {'n_averaged': torch.tensor(1), **{f'module.{k}': v for k, v in weights.items()}}
-    yield {'format': 1, 'model': {k: v + 1 for k, v in weights.items()}, 'ema': average}
+    others = {k: v + 1 for k, v in weights.items()}
+    yield {'format': 1, 'model': others, 'ema': average}
+    yield {'model': others, 'model_ema': average, 'epoch': 3, 'args': argparse.Namespace(lr=0.1)}
+    yield {'state_dict': others, 'state_dict_ema': {f'module.{k}': v for k, v in weights.items()}}
+    yield {'model': weights, 'ema': {'decay': 0.9}}
+    yield {'state_dict': {f'model.{k}': v for k, v in weights.items()}, 'hyper_parameters': {}}
+    yield {f'module.model.{k}': v for k, v in weights.items()}
 
 
 def test_weights_in_any_usual_layout(tmp_path):
@@ -116,11 +123,41 @@ def test_weights_in_any_usual_layout(tmp_path):
         assert_same(net.state_dict(), weights)
 
 
+def test_whose_average_is_taken_is_told(tmp_path, capsys):
+    torch.save({'state_dict': Net().state_dict(), 'state_dict_ema': Net().state_dict()}, tmp_path / 'w.pth')
+    checkpoint.load_weights(Net(), tmp_path / 'w.pth')
+    assert 'w.pth the averaged weights are taken, state_dict_ema' in capsys.readouterr().out
+
+
+def test_names_that_begin_as_a_wrappers_do(tmp_path):
+    net = nn.DataParallel(Net())
+    for prefix in ('', 'module.', '_orig_mod.'):
+        weights = {prefix + name: value + 1 for name, value in net.state_dict().items()}
+        for layout in (weights, {'format': 1, 'model': weights, 'ema': None}, {'model': {}, 'ema': {
+                'n_averaged': torch.tensor(1), **{f'module.{name}': value for name, value in weights.items()}}}):
+            torch.save(layout, tmp_path / 'w.pth')
+            other = nn.DataParallel(Net())
+            checkpoint.load_weights(other, tmp_path / 'w.pth')
+            assert all(torch.equal(value, net.state_dict()[name] + 1) for name, value in other.state_dict().items())
+
+
+def test_what_stands_in_the_way_is_named(tmp_path):
+    torch.save({'model': Net().state_dict(), 'best': Odd()}, tmp_path / 'w.pth')
+    with pytest.raises(SystemExit, match=r'w\.pth is refused: it holds \S+\.Odd, and loading that could run code'):
+        checkpoint.load_weights(Net(), tmp_path / 'w.pth')
+
+
+class Odd:
+    pass
+
+
 @pytest.mark.parametrize('weights, complaint', [
     (Net(5).state_dict(), '0.weight is [5, 3] instead of [4, 3]'),
     ({**Net().state_dict(), 'extra': torch.zeros(1)}, 'extra is unknown'),
     ({k: v for k, v in Net().state_dict().items() if k != '1.bias'}, '1.bias is missing'),
     ({'epoch': 3}, 'holds no state_dict'),
+    ({f'{i}.x.{k}': v for i in 'ab' for k, v in Net().state_dict().items()},
+     '0.weight is missing, 0.bias is missing, a.x.0.weight is unknown, a.x.0.bias is unknown and 8 more'),
 ])
 def test_weights_that_do_not_fit_are_named(tmp_path, weights, complaint):
     torch.save(weights, tmp_path / 'w.pth')

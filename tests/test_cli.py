@@ -79,6 +79,8 @@ def test_help_is_grouped_tells_defaults_and_every_flag_has_a_line(capsys):
 
 @pytest.mark.parametrize('flags, complaint', [
     ([], 'DIR is missing'),
+    ([''], 'DIR is empty'),
+    (['/data', '--student-resume', ''], '--student-resume is empty'),
     (['/data', '--dummy'], '--dummy takes no DIR'),
     (['/data', '--batch-size', '0'], 'argument -b/--batch-size: 0 is not in [1, inf)'),
     (['/data', '--lr', 'fast'], "invalid float value: 'fast'"),
@@ -161,6 +163,8 @@ def test_wrong_networks_and_weights(base, tmp_path, images):
     torch.save(create_model('resnet8', 5).state_dict(), tmp_path / 'five.pth')
     line = one_line(base(images, '--student-resume', tmp_path / 'five.pth', *out))
     assert 'fc.weight is [5, 64] instead of [3, 64]' in line and '(it has 5 outputs: --num-classes 5)' in line
+    torch.save(create_model('resnet8', 2).state_dict(), tmp_path / 'two.pth')
+    assert one_line(base(images, '--student-resume', tmp_path / 'two.pth', *out)).endswith('(it has 2 outputs)')
     (tmp_path / 'junk.pth').write_text('junk')
     assert 'is damaged' in one_line(base(images, '--student-resume', tmp_path / 'junk.pth', *out))
     assert 'is damaged' in one_line(base(images, '--resume', tmp_path / 'junk.pth', *out))

@@ -287,12 +287,14 @@ def test_odd_images_are_read_as_rgb(spoiled, by_pil):
 
 
 def test_pixels_of_other_ranges(tmp_path):
-    """Of 32-bit integers what is beyond 16 bits is white; of floats nobody knows what is."""
-    Image.fromarray(np.array([[0, 30000, 70000]], np.int32)).save(tmp_path / 'wide.tif')
-    assert np.asarray(read(tmp_path / 'wide.tif'))[0, :, 0].tolist() == [0, 117, 255]
-    Image.fromarray(np.full((1, 1), 0.6, np.float32)).save(tmp_path / 'float.tif')
-    with pytest.raises(ValueError, match='floats of an unknown range'):
-        read(tmp_path / 'float.tif')
+    """Of floats, and of 32-bit integers, nobody knows what is white."""
+    for form in ('tif', 'png'):
+        Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(tmp_path / f'wide.{form}')
+        assert np.asarray(read(tmp_path / f'wide.{form}'))[0, :, 0].tolist() == [0, 117, 255]
+    for kind in (np.float32, np.int32):
+        Image.fromarray(np.full((1, 1), 0.6, kind)).save(tmp_path / 'odd.tif')
+        with pytest.raises(ValueError, match='of an unknown range'):
+            read(tmp_path / 'odd.tif')
 
 
 @pytest.mark.parametrize('names, told', [(['0', '1', '10', '2'], True), (['0', '1', '2'], False), (['a', 'b'], False),
@@ -404,6 +406,13 @@ def test_what_is_hidden_is_no_class_and_no_image(images, tmp_path):
         (tmp_path / 'train' / name).write_bytes(photo)
     shown, all_of_it = Folder(images / 'train'), Folder(tmp_path / 'train')
     assert all_of_it.classes == shown.classes and all_of_it.targets == shown.targets
+
+
+def test_a_link_to_nothing_may_have_been_a_class(images, tmp_path, base):
+    shutil.copytree(images, tmp_path / 'images')
+    (tmp_path / 'images' / 'train' / 'dog').symlink_to('/nowhere')
+    run = base(tmp_path / 'images')
+    assert run.code == 1 and f'{tmp_path}/images/train/dog is a link to what is not there' in run.err
 
 
 def test_links_lead_to_images_but_not_back_up(images, tmp_path):

@@ -200,7 +200,7 @@ def test_broken_updates_are_counted_over_a_resume(images, tmp_path, base, monkey
             logits, losses = super().forward(batch)
             return logits, {'ce': losses['ce'] * (float('nan') if Supervised.calls in self.broken else 1.0)}
     monkeypatch.setattr(main_base, 'Supervised', Supervised)
-    args = short(images, tmp_path, '--max-broken-updates', 1, '-j', 0)
+    args = short(images, tmp_path, '--max-broken-updates', 1, '-j', 0, '--ema', 0.9)
     monkeypatch.setattr(Supervised, 'broken', (2, 5))
     run = base(*args)
     assert run.code == 3 and 'note: loss ce is nan in epoch 0, update 2' in run.out
@@ -210,6 +210,7 @@ def test_broken_updates_are_counted_over_a_resume(images, tmp_path, base, monkey
     monkeypatch.setattr(Supervised, 'broken', ())
     run = base(*args)
     assert run.code == 0 and [record['broken'] for record in run.log()] == [1, 0]
+    assert run.weights('checkpoint.pth')['ema']['n_averaged'] == 2 * 5 - 1
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(images, tmp_path, whole):
@@ -281,3 +282,11 @@ def test_a_second_signal_exits_at_once(images, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(images, tmp_path):
+    process = start(sys.executable, ROOT / 'main_base.py', *QUICK, images, '--epochs', 3, '-p', 1, '--output', tmp_path)
+    process.stdout.readline()
+    process.stdout.close()  # as of `| head -1`
+    assert process.wait(120) == 0
+    assert Outcome(0, '', '', tmp_path).json()['finished']

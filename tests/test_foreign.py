@@ -261,6 +261,32 @@ def test_what_is_overwritten_in_place_is_shown_as_it_was(after):
     assert not (shown.pooled == 0).any()  # seen ahead of the dropout, which is in place no more
 
 
+OWN = '''
+from torchvision.models import squeezenet1_1
+from torch import nn
+
+class Extra(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(squeezenet1_1(num_classes=num_classes))
+    def get_extra_state(self):
+        return {'version': 1}
+    def set_extra_state(self, state):
+        pass
+
+def frozen(num_classes):
+    return squeezenet1_1(num_classes=num_classes).requires_grad_(False)
+'''
+
+
+def test_networks_that_cannot_be_trained_or_kept_are_refused_at_once(base, images, tmp_path, monkeypatch):
+    (tmp_path / 'own_odd.py').write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, complaint in (('Extra', '_extra_state of its state is no tensor'), ('frozen', 'has nothing to train')):
+        run = base(images, '--arch', f'own_odd:{name}', '--image-size', 64, '--output', tmp_path / name)
+        assert run.code == 1 and complaint in run.err and len(run.err.splitlines()) == 1
+    assert base(images, '--arch', 'own_odd:frozen', '--image-size', 64, '--evaluate').code == 0
+
+
 def test_what_is_overwritten_in_training_alone_is_noticed():
     adapted = foreign(made_up(after=double_in_training))
     adapted(images(), features=True)

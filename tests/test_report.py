@@ -497,6 +497,7 @@ print('ready', flush=True)
 time.sleep(20 if '--wait' in sys.argv else 0)
 ''')
     monkeypatch.setattr(compare, 'ROOT', tmp_path)
+    monkeypatch.setattr(compare, 'make_parser', lambda: argparse.Namespace(parse_known_args=lambda words: (None, [])))
     return tmp_path
 
 
@@ -560,6 +561,8 @@ def test_a_place_that_cannot_be_written_to_stops_no_other_run(contrast, stand_in
     (['--methods', 'kd', '--flags', 'mgd', '--x'], 'not among --methods'),
     (['--methods', 'kd', '--', '--seed', '3'], '--seed is for compare.py to give'),
     (['--methods', 'kd', '--flags', 'kd', '--seed 7 --kd-weight 2'], '--seed is for compare.py to give'),
+    (['--methods', 'alone', '--', '--shedule', 'cosine'], '--shedule is no flag of main_distill.py'),
+    (['--methods', 'alone', '--flags', 'alone', '--lr fast'], "invalid float value: 'fast'"),
     (['--methods', 'kd', 'kd'], 'twice'),
     (['--methods', 'alone+kd'], 'alone is no method'),
     (['--methods', 'kd', '--flags', 'kd', "--kd-weight '2"], "--kd-weight '2: No closing quotation"),

@@ -287,6 +287,19 @@ def test_what_lies_in_a_folder_is_not_written_over(base, images, tmp_path):
     inside = tmp_path / 'images' / 'train' / 'run'
     run = base(tmp_path / 'images', '--output', inside)
     assert run.code == 1 and 'lies among the images' in run.err and not inside.exists()
+    run = base(tmp_path / 'images', '--output', inside, '--evaluate')
+    assert run.code == 1 and 'lies among the images' in run.err and not inside.exists()
+    (tmp_path / 'brought').mkdir()
+    (tmp_path / 'brought' / 'best.pth').write_bytes(best)
+    run = base(images, '--epochs', 1, '--output', tmp_path / 'brought')
+    assert run.code == 1 and 'brought/best.pth would be written over' in run.err
+    assert (tmp_path / 'brought' / 'best.pth').read_bytes() == best
+    assert base(images, '--epochs', 1, '--output', tmp_path / 'brought', '--overwrite').code == 0
+
+
+def test_a_name_that_no_file_can_have(base, images):
+    run = base(images, '--output', 'x' * 300)
+    assert run.code == 1 and run.err == f'error: {"x" * 300}/checkpoint.pth.new: File name too long\n'
 
 
 def test_a_run_that_began_on_an_empty_folder_does_not_write_over_a_later_one(base, images, tmp_path, monkeypatch):

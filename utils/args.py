@@ -233,6 +233,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """What can be said of the arguments without looking at data, files or devices."""
+    if empty := [name for name, value in vars(args).items() if value == '']:  # as of a shell's variable that is not set
+        parser.error('DIR is empty' if empty[0] == 'data' else f'--{empty[0].replace("_", "-")} is empty')
     if args.data is None and not args.dummy:
         parser.error('DIR is missing (or use --dummy)')
     if args.dummy and args.data is not None:

@@ -14,9 +14,11 @@ checkpoint.pth is a plain dict:
     world_size
 best.pth and last.pth are bare state dicts that torchvision's constructors load.
 """
+import argparse
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -31,10 +33,12 @@ from torch import nn
 
 from models.errors import line
 
+from . import distributed
 from .errors import one_line
 
 FORMAT = 1
 LAYOUTS = ('model', 'student', 'state_dict', 'model_state', 'model_state_dict', 'net')  # where files keep the weights
+AVERAGED = ('ema', 'model_ema', 'state_dict_ema')  # and their average, which is what was scored
 
 
 def write(path: Path, content):
@@ -110,10 +114,13 @@ def read(path: Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch.load does not look at the checksums
                     raise ValueError(f'the checksum of {damaged} is wrong')
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f'{path} is refused: it is damaged, or holds more than tensors and plain values, and loading '
-                         'that could run code; save the bare state_dict where you trust it') from None
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of flags, beside the weights in many files
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        held = re.search(r'GLOBAL (\S+)', str(error))
+        what = f'holds {held[1]}' if held else 'is damaged, or holds more than tensors and plain values'
+        raise ValueError(f'{path} is refused: it {what}, and loading that could run code; save the bare state_dict '
+                         'where you trust it') from None
     except PermissionError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror}') from None
     except Exception as error:  # there is no end to what a broken file can raise
@@ -142,18 +149,32 @@ def is_checkpoint(content) -> bool:
     return isinstance(content, dict) and content.get('format') == FORMAT
 
 
-def weights_of(content, path) -> dict:
-    """The student's or network's weights in any usual layout, without the prefixes that wrappers leave."""
-    if is_checkpoint(content) and content.get('ema'):  # AveragedModel: its module, and a counter
-        content = {k: v for k, v in content['ema'].items() if k.startswith('module.')}
+def is_weights(content) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(v, torch.Tensor) for v in content.values())
+
+
+def averaged_in(content) -> str:
+    """The name of the averaged weights in a file's content; empty if there are none."""
+    return next((key for key in AVERAGED if isinstance(content, dict) and is_weights(content.get(key))), '')
+
+
+def weights_of(content, path, own=None) -> dict:
+    """The student's or network's weights in any usual layout. own: the names of those that they are for, if known."""
+    if averaged := averaged_in(content):
+        content = content[averaged]
     for key in LAYOUTS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not is_weights(content):
         raise ValueError(f'{path} holds no state_dict, neither bare nor as one of {", ".join(LAYOUTS)}')
-    for prefix in ('module.', '_orig_mod.', 'module.'):
-        if all(key.startswith(prefix) for key in content):
-            content = {key[len(prefix):]: value for key, value in content.items()}
+    if 'n_averaged' in content:  # AveragedModel's counter, beside its module
+        content = {k.removeprefix('module.'): v for k, v in content.items() if k != 'n_averaged'}
+    while True:  # without what wrappers, or a module that held the network, have put before all names
+        head = next(iter(content)).partition('.')[0] + '.'
+        foreign = head in ('module.', '_orig_mod.') if own is None else not own & content.keys()
+        if not foreign or not all(key.startswith(head) for key in content):
+            break
+        content = {key.removeprefix(head): value for key, value in content.items()}
     if {'student', 'teacher'} <= {key.partition('.')[0] for key in content}:  # mdistiller's distillers hold both
         content = {key.removeprefix('student.'): value for key, value in content.items() if key.startswith('student.')}
     return content
@@ -172,8 +193,9 @@ def outputs_of(content, path: Path) -> int:
 def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
     """Load weights that fit exactly, or say in one line which do not."""
     own = network.state_dict()
-    wrong = [f'{k} is missing' for k in own if k not in weights]
-    wrong += [f'{k} is unknown' for k in weights if k not in own]
+    missing, unknown = [k for k in own if k not in weights], [k for k in weights if k not in own]
+    wrong = [f'{k} is missing' for k in missing[:2]] + [f'{k} is unknown' for k in unknown[:2]]
+    wrong += [f'{k} is missing' for k in missing[2:]] + [f'{k} is unknown' for k in unknown[2:]]
     wrong += [f'{k} is {list(weights[k].shape)} instead of {list(own[k].shape)}'
               for k in own if k in weights and weights[k].shape != own[k].shape]
     wrong += [f'{k} has values that are not finite' for k in own if k in weights and not weights[k].isfinite().all()
@@ -182,7 +204,8 @@ def fit(network: nn.Module, weights: dict, path, named: str = 'the network'):
         more = f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''
         last = [*own][-1]  # of the classifier
         if last in weights and own[last].ndim == weights[last].ndim == 1 and len(own[last]) != len(weights[last]):
-            more += f' (it has {len(weights[last])} outputs: --num-classes {len(weights[last])})'
+            advice = f': --num-classes {len(weights[last])}' if len(weights[last]) > len(own[last]) else ''
+            more += f' (it has {len(weights[last])} outputs{advice})'
         if through := sorted({key.split('.')[1] for key in weights if key.startswith('distillers.')}):
             more += f' (it predicts through its method: main_distill.py --distiller {" ".join(through)})'
         raise ValueError(f'{path} does not fit {named}: {", ".join(wrong[:4])}{more}')
@@ -211,7 +234,8 @@ def by_own_names(network: nn.Module, weights: dict) -> dict:
 def fill(network: nn.Module, content: dict, path, named: str = 'the network'):
     """Load the weights in a file's content, or end the run in one line."""
     with one_line():
-        fit(network, by_own_names(network, weights_of(content, path)), path, named)
+        weights = weights_of(content, path, network.state_dict().keys())
+        fit(network, by_own_names(network, weights), path, named)
 
 
 def load_weights(network: nn.Module, path, named: str = 'the network', classes: list[str] | None = None):
@@ -219,6 +243,8 @@ def load_weights(network: nn.Module, path, named: str = 'the network', classes: 
     with one_line():
         content = read(Path(path))
     refuse_other_classes(content, Path(path), classes)
+    if not is_checkpoint(content) and (averaged := averaged_in(content)):
+        distributed.say(f'note: of {path} the averaged weights are taken, {averaged}')
     fill(network, content, path, named)
 
 

@@ -30,6 +30,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from . import signals, together
 from .errors import in_words, of_compiler, remove_torn
 from .heap import keep_memory
+from .streams import enduring
 
 _nodes = 1
 at_end = ExitStack()  # what has to be closed before a rank ends, however it ends
@@ -121,7 +122,7 @@ def _run(worker, args, rank=0, world=1, local=0, url=None, nodes=1):
         with in_lines(rank, args):
             if url is not None:
                 _join(url, rank, world, device, args)
-            with at_end:
+            with enduring(), at_end:
                 worker(args, device)
     except SystemExit as stop:
         if isinstance(stop.code, str):  # print it here: mp.spawn and torchrun would lose it or bury it
@@ -155,6 +156,11 @@ def in_lines(rank: int, args):
         if not (said := remove_torn(error) or in_words(error, rank, args)):
             raise
         write_line(f'error: {said}', sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if not error.filename:
+            raise
+        write_line(f'error: {error.filename}: {error.strerror}', sys.stderr)
         sys.exit(1)
 
 

@@ -64,7 +64,7 @@ def train_one_epoch(learner: Learner, data, prepare, ema, run, device, args):
             look.end(meter)
             norm = learner.step()
         meter.add_norm(norm)
-        if ema:
+        if ema and not (args.max_broken_updates and not norm.isfinite()):  # one that was left out is averaged by nobody
             ema.update_parameters(run.parts['model'])
         display.count(end - progress['sample'])
         progress['sample'] = end

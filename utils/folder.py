@@ -42,13 +42,18 @@ def stamps(folder: Path) -> list:
 
 
 def refuse_harm(folder: Path, args):
-    """End where the run would write over what it starts from, or among the images."""
+    """End where the run would write over what it starts from."""
     folder = folder.resolve()
     for flag in ('teacher_resume', 'student_resume'):
         file = getattr(args, flag) and Path(getattr(args, flag)).resolve()
         if file and file.parent == folder and any(map(file.match, FILES)):
             sys.exit(f'error: --{flag.replace("_", "-")} {file} lies in --output, where this run would write over it: '
                      'choose another --output')
+
+
+def refuse_class(folder: Path, args):
+    """End where the run would write among the images."""
+    folder = folder.resolve()
     if args.data and args.dataset == 'imagefolder':
         for split in ('train', 'valid', 'val'):
             if (Path(args.data) / split).resolve() in (folder, *folder.parents):
@@ -95,6 +100,8 @@ def clear(folder: Path, found: list, anew: bool, epoch: int):
     if len(told) > 1 and not any(found):  # one line may be there before the first checkpoint is
         sys.exit(f'error: {folder} holds a run whose checkpoint.pth is gone; choose another --output, or --overwrite '
                  'to start anew')
+    if not (anew or told or any(found)) and (weights := [*folder.glob('best.pth'), *folder.glob('last.pth')]):
+        sys.exit(f'error: {weights[0]} would be written over; choose another --output, or --overwrite')
     for file in (file for pattern in [*TORN, *(FILES if anew else ['interrupted'])] for file in folder.glob(pattern)):
         file.unlink()
     if told:

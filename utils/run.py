@@ -54,6 +54,7 @@ class Run:
         args = self.args
         git_revision()  # while the code is what has been loaded
         path = Path(args.output or folder.default_output(args))
+        folder.refuse_class(path, args)
         saved = origin = None
         self.found = folder.stamps(path)
         if not self.anew and not (args.evaluate and args.resume != 'auto'):

@@ -34,7 +34,10 @@ class Folder:
     def __init__(self, root: Path, by_pil=False):
         self.root, self.by_pil, self.samples = root, by_pil, []
         try:
-            self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != '.')
+            entries = [entry for entry in root.iterdir() if entry.name[0] != '.']
+            if gone := [entry for entry in entries if entry.is_symlink() and not entry.exists()]:
+                sys.exit(f'error: {gone[0]} is a link to what is not there')  # it may have been a class
+            self.classes = sorted(entry.name for entry in entries if entry.is_dir())
             if not self.classes:
                 sys.exit(f'error: {root} has no class folders')
             for number, name in enumerate(self.classes):
@@ -78,8 +81,8 @@ def images_in(root: Path):
 
 def read(path) -> Image.Image:
     with Image.open(path) as image:
-        if image.mode == 'F':  # which PIL would clip
-            raise ValueError('its pixels are floats of an unknown range: store them in 8 or 16 bits')
+        if image.mode == 'F' or (image.mode == 'I' and image.format == 'TIFF'):  # which PIL would clip
+            raise ValueError('its pixels are floats or 32-bit integers of an unknown range: store them in 8 or 16 bits')
         if image.mode.startswith('I'):  # 16-bit grey, which PIL would clip instead of scale
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         return image.convert('RGB')

@@ -1,0 +1,33 @@
+"""Output that nobody may be left to read: a `tee` that was killed, a terminal that was closed."""
+import errno
+import os
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+
+@contextmanager
+def enduring():
+    """What cannot be printed ends no run."""
+    with redirect_stdout(Enduring(sys.stdout)), redirect_stderr(Enduring(sys.stderr)):
+        yield
+
+
+class Enduring:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        self._attempt(self.stream.write, text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action, *what):
+        try:
+            action(*what)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # for ever: what it holds, and all to come, goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
