@@ -34,8 +34,26 @@ class Whole(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
 
 
+class Start(DetectionCheckpointer):
+    """Loads what a student begins with: heads and pyramid may be missing, the network below them not."""
+
+    def _log_incompatible_keys(self, incompatible):
+        below = 'backbone.bottom_up.' if hasattr(self.model.backbone, 'bottom_up') else 'backbone.'
+        keys = [key for key in self.model.state_dict() if key.startswith(below) and key.endswith('weight')]
+        lost = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
+        if missing := [key for key in keys if key in lost]:
+            raise ValueError(f'MODEL.WEIGHTS do not fit the student: of its backbone, {len(missing)} of {len(keys)} '
+                             f'weights are missing or have another shape, such as {missing[0]}; those of torchvision '
+                             'have to be converted (convert_weights.py)')
+        super()._log_incompatible_keys(incompatible)
+
+
 def build_detector(cfg: CfgNode) -> nn.Module:
-    detector = build_model(cfg)
+    try:
+        detector = build_model(cfg)
+    except (AssertionError, KeyError, IndexError) as error:  # Detectron2's own, of keys that do not go together
+        raise ValueError(f'{cfg.MODEL.META_ARCHITECTURE} cannot be built of these keys: '
+                         f'{type(error).__name__} {error}') from error
     if cfg.MODEL.DISTILL.LAST_NORM and not isinstance(detector, meta_arch.Distilled):
         raise ValueError(f'MODEL.DISTILL.LAST_NORM: a {type(detector).__name__} has no such norms; '
                          'MODEL.META_ARCHITECTURE DistilledRetinaNet or DistilledRCNN has, also without a teacher')
@@ -69,7 +87,10 @@ def build_student(cfg: CfgNode) -> nn.Module:
     """With its teacher and methods, if the config has any."""
     if cfg.MODEL.DISTILL.LAST_NORM == 'BN' and comm.get_world_size() > 1:
         raise ValueError('MODEL.DISTILL.LAST_NORM is BN, whose statistics would differ between processes: take SyncBN')
-    student, methods = build_detector(cfg), cfg.MODEL.DISTILL.METHODS
+    methods, teacher = cfg.MODEL.DISTILL.METHODS, cfg.MODEL.TEACHER
+    if not methods and (teacher.CONFIG_FILE or teacher.WEIGHTS):
+        raise ValueError('MODEL.TEACHER is named, and MODEL.DISTILL.METHODS is empty, so nobody would learn from it')
+    student = build_detector(cfg)
     if methods:
         check_schedule(cfg.MODEL.DISTILL.PERIODS, cfg.MODEL.DISTILL.STEPS, cfg.MODEL.DISTILL.ITERS)
         if not isinstance(student, meta_arch.Distilled):

@@ -36,7 +36,8 @@ def renamed(key: str) -> str:
 def convert(state: dict) -> dict:
     """A checkpoint whose entries Detectron2 looks up by the ends of their names."""
     model = {renamed(key): value for key, value in state.items() if not NOT_USED.search(key)}
-    if not OWN & model.keys():
+    stem = model.get('stem.conv1.weight')
+    if not OWN & model.keys() or (stem is not None and stem.shape[2] != 7):  # as in ResNets for CIFAR
         raise ValueError(f"weights of no ResNet and no MobileNetV2 of torchvision's: {next(iter(state))}, ...")
     return {'model': model, 'matching_heuristics': True}
 

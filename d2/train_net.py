@@ -23,7 +23,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from d2.build import Whole, build_detector, build_student, build_teacher, check_start, student_of
+from d2.build import Start, Whole, build_detector, build_student, build_teacher, check_start, features_of, student_of
 from d2.config import Refused, arguments, default_config, teacher_config
 from d2.hooks import Epochs
 from models.errors import line
@@ -38,6 +38,7 @@ class Trainer(DefaultTrainer):
                 DatasetCatalog.get(name)  # which tells them
             check_classes(self.cfg, name)
         student, checkpointer = student_of(self.model), self.checkpointer
+        checkpointer.__class__ = Start  # of the one that Detectron2 has given to its hooks already
         # first what the others have to fit
         checkpointer.checkpointables = {'run': Identity(self.cfg, student), **checkpointer.checkpointables}
         if self.cfg.MODEL.DISTILL.METHODS:
@@ -70,21 +71,31 @@ class Identity:
     """What a run is tied to: Detectron2 would go on with the rate and decay that it had, whatever the config says."""
 
     def __init__(self, cfg, student):
-        methods = cfg.MODEL.DISTILL.METHODS
-        self.facts = {f'SOLVER.{key}': cfg.SOLVER[key] for key in ('IMS_PER_BATCH', 'BASE_LR', 'WEIGHT_DECAY')} | {
-            'MODEL.DISTILL.METHODS': ' '.join(methods)} | {
-            f'MODEL.DISTILL.{name.upper()}.{key.upper()}': value
-            for name in methods for key, value in arguments(name, cfg).items()}
+        methods, head = cfg.MODEL.DISTILL.METHODS, head_of(cfg)
+        self.facts = {f'SOLVER.{key}': cfg.SOLVER[key] for key in (
+            'IMS_PER_BATCH', 'BASE_LR', 'MOMENTUM', 'NESTEROV', 'WEIGHT_DECAY', 'WEIGHT_DECAY_NORM',
+            'WEIGHT_DECAY_BIAS', 'BIAS_LR_FACTOR')}
+        self.facts |= {f'MODEL.{head}.NUM_CLASSES': cfg.MODEL[head].NUM_CLASSES,
+                       'MODEL.BACKBONE.FREEZE_AT': cfg.MODEL.BACKBONE.FREEZE_AT,
+                       'MODEL.DISTILL.LAST_NORM': cfg.MODEL.DISTILL.LAST_NORM,
+                       'MODEL.DISTILL.METHODS': ' '.join(methods)}
+        for name in methods:
+            values = {'FEATURES': ' '.join(features_of(name, cfg)), **arguments(name, cfg)}
+            self.facts |= {f'MODEL.DISTILL.{name.upper()}.{key.upper()}': value for key, value in values.items()}
         if methods:
+            own = teacher_config(cfg)
             self.facts['MODEL.TEACHER.WEIGHTS'] = f'weights of hash {fingerprint(student.teacher)}'
+            self.facts['MODEL.TEACHER.CONFIG_FILE or OPTS'] = (  # of which no weight tells
+                f'INPUT.FORMAT {own.INPUT.FORMAT}, PIXEL_MEAN {own.MODEL.PIXEL_MEAN}, PIXEL_STD {own.MODEL.PIXEL_STD}, '
+                f'STRIDE_IN_1X1 {own.MODEL.RESNETS.STRIDE_IN_1X1}')
 
     def state_dict(self) -> dict:
         return self.facts
 
     def load_state_dict(self, state: dict):
-        for key in {**self.facts, **state}:
-            if state.get(key) != self.facts.get(key):
-                raise ValueError(f'{key}: the run that --resume would go on with had {state.get(key)}, and here it is '
+        for key in state:  # a run of an older version tells less
+            if state[key] != self.facts.get(key):
+                raise ValueError(f'{key}: the run that --resume would go on with had {state[key]}, and here it is '
                                  f'{self.facts.get(key)}: give what it had (with as many GPUs), or another OUTPUT_DIR')
 
 
@@ -114,6 +125,10 @@ def setup(args):
         register_coco_instances(data[0], {}, *data[1:])
     trains = not (args.eval_only or args.eval_teacher)
     check_machine(cfg, comm.get_world_size(), trains)
+    if trains and not cfg.DATASETS.TRAIN:
+        raise ValueError('DATASETS.TRAIN is empty: name what to train on')
+    if not (trains or cfg.DATASETS.TEST):
+        raise ValueError('DATASETS.TEST is empty: name what to evaluate on')
     check_data([*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if trains else ())])
     return cfg
 
@@ -125,16 +140,22 @@ def check_machine(cfg, world: int, trains: bool):
         raise ValueError(f'MODEL.DEVICE is {cfg.MODEL.DEVICE}, and there is no GPU: MODEL.DEVICE cpu')
     if trains and solver.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith('cuda'):
         raise ValueError('SOLVER.AMP.ENABLED is for GPUs')
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError("TEST.AUG is for the evaluation by Detectron2's tools/train_net.py")
     ranks = solver.REFERENCE_WORLD_SIZE or world  # by the first it is made fit for the second
     if trains and solver.IMS_PER_BATCH % ranks:
         raise ValueError(f'SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be shared by {ranks} GPUs; '
                          'SOLVER.REFERENCE_WORLD_SIZE tells how many it is meant for, if others than there are')
 
 
+def head_of(cfg) -> str:
+    return 'RETINANET' if 'RetinaNet' in cfg.MODEL.META_ARCHITECTURE else 'ROI_HEADS'
+
+
 def check_classes(cfg, name: str):
     """Once the data are loaded: a class more than the detector has would be its background."""
     known = MetadataCatalog.get(name).get('thing_classes')
-    key = 'RETINANET' if 'RetinaNet' in cfg.MODEL.META_ARCHITECTURE else 'ROI_HEADS'
+    key = head_of(cfg)
     if known is not None and len(known) != cfg.MODEL[key].NUM_CLASSES:
         some = ', '.join(known[:4]) + ', ...' * (len(known) > 4)
         raise Refused(f'the data set {name} has {len(known)} categories ({some}), and MODEL.{key}.NUM_CLASSES is '
@@ -150,6 +171,9 @@ def check_data(names):
         if file and '://' not in file and not PathManager.isfile(file):
             raise ValueError(f'the data set {name} should be in {file}, which is not there; DATASETS.TRAIN, TEST and '
                              'COCO_FORMAT, and the variable DETECTRON2_DATASETS, tell where data are')
+        folder = MetadataCatalog.get(name).get('image_root')
+        if folder and '://' not in folder and not PathManager.isdir(folder):
+            raise ValueError(f'the images of the data set {name} should be in {folder}, which is no folder')
 
 
 def stop(error: Exception):
@@ -193,14 +217,14 @@ def main(args):
     except (ValueError, OSError, yaml.YAMLError) as error:
         stop(error)
     except (AssertionError, KeyError) as error:  # of Detectron2, for weights and data that are not there
-        if not any(words in str(error) for words in ('not found', 'registry')):
+        if not any(words in str(error) for words in ('not found', 'registry', 'No valid data')):
             raise
         stop(error)
     try:
         if not (args.eval_only or args.eval_teacher):
             return trainer.train()
         results = Trainer.test(cfg, model)
-    except Refused as error:
+    except (Refused, FloatingPointError) as error:
         stop(error)
     if comm.is_main_process():
         verify_results(cfg, results)

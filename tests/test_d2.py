@@ -529,8 +529,13 @@ def test_a_run_its_checkpoint_and_its_resume(teachers, coco, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r'MODEL\.TEACHER\.WEIGHTS: the run that --resume .* had weights of hash'):
         trainer_for({'base_retinanet_R50': str(tmp_path / 'other.pth')}, tmp_path / 'run', divisor, resume=True)
     # nor with a rate or methods that Detectron2 would not take
-    for more, key in ((['SOLVER.BASE_LR', 0.5], 'SOLVER.BASE_LR'), (['MODEL.DISTILL.METHODS', ('mgd', 'ofd')],
-                                                                    'MODEL.DISTILL.METHODS')):
+    # nor with what fits another run
+    bgr = ['MODEL.TEACHER.OPTS', [*SMALL, 'INPUT.FORMAT', 'BGR']]
+    for more, key in ((['SOLVER.BASE_LR', 0.5], 'SOLVER.BASE_LR'), (['SOLVER.NESTEROV', False], 'SOLVER.NESTEROV'),
+                      (['MODEL.DISTILL.METHODS', ('mgd', 'ofd')], 'MODEL.DISTILL.METHODS'),
+                      (['MODEL.DISTILL.LAST_NORM', 'GN'], 'MODEL.DISTILL.LAST_NORM'),
+                      (['MODEL.BACKBONE.FREEZE_AT', 0], 'MODEL.BACKBONE.FREEZE_AT'),
+                      (bgr, 'MODEL.TEACHER.CONFIG_FILE or OPTS')):
         with pytest.raises(ValueError, match=f'^{key}: the run that --resume would go on with had'):
             trainer_for(teachers, tmp_path / 'run', [*divisor, *more], resume=True)
 
@@ -612,7 +617,16 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['SOLVER.AMP.ENABLED', True], 'AMP.ENABLED is for GPUs'),
     ('mgd_retinanet_R18_R50', ['SOLVER.REFERENCE_WORLD_SIZE', 3], 'IMS_PER_BATCH 2 cannot be shared by 3 GPUs'),
     ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'TMP/torn'], 'torn is damaged, or no checkpoint ('),
-    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'base_retinanet_R50', 'MODEL.RESNETS.DEPTH', 50],
+    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'base_retinanet_R50'], 'of its backbone, '),
+    ('base_retinanet_R18', [], 'MODEL.TEACHER is named, and MODEL.DISTILL.METHODS is empty'),
+    ('mgd_retinanet_R18_R50', ['DATASETS.TRAIN', ()], 'DATASETS.TRAIN is empty'),
+    ('mgd_retinanet_R18_R50', ['TEST.AUG.ENABLED', True], "TEST.AUG is for the evaluation by Detectron2's"),
+    ('mgd_retinanet_R18_R50', ['DATASETS.COCO_FORMAT', "(('odd','TMP/odd.json','TMP/odd'),)",
+                               'DATASETS.TEST', ('odd',)], 'odd, which is no folder'),
+    ('mgd_retinanet_R18_R50', ['MODEL.BACKBONE.NAME', 'build_mobilenet_v2_fpn_backbone'],
+     "cannot be built of these keys: KeyError 'p7'"),
+    ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'base_retinanet_R50', 'MODEL.RESNETS.DEPTH', 50,
+                               'MODEL.RESNETS.RES2_OUT_CHANNELS', 256],
      'norm is folded into its convolution'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('crd',)], 'crd is none of those for detectors'),
     ('mgd_retinanet_R18_R50', ['MODEL.DISTILL.METHODS', ('dkd',)], 'takes a box head'),
@@ -650,6 +664,7 @@ def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsy
              'MODEL.TEACHER.WEIGHTS', teachers[teacher], 'OUTPUT_DIR', tmp_path, *options]
     if complaint == 'no weights':
         (tmp_path / 'text').write_text('of no use')
+    (tmp_path / 'odd.json').touch()
     (tmp_path / 'torn').write_bytes(Path(teachers[teacher]).read_bytes()[:9999])
     if 'cuda' in options:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -847,6 +862,7 @@ def test_the_script_from_another_folder(teachers, coco, tmp_path):
     (lambda state: {'format': 1, 'model': state, 'ema': None}, None), (lambda state: {'state_dict': state}, None),
     (lambda state: {f'module.{key}': value for key, value in state.items()}, None),
     (lambda state: create_model('mobilenet_v1', 10).state_dict(), 'weights of no ResNet and no MobileNetV2'),
+    (lambda state: create_model('resnet20', 10).state_dict(), 'weights of no ResNet and no MobileNetV2'),
     (lambda state: None, 'does not exist')])
 def test_files_to_convert(tmp_path, content, complaint):
     state = torchvision.models.resnet18().state_dict()
