@@ -83,7 +83,9 @@ class Page:
 
     def gap(self, way):
         """Points of its teacher, as it was when it taught, over the student alone, or None."""
-        scores = [score for run in way.runs if (score := run.score('teacher_score')) is not None]
+        learned = [run.result.get('last', {}).get('teacher') for run in way.finished]
+        scores = [100 * score['correct1'] / score['n'] for score in learned if score]
+        scores += [score for run in way.runs if (score := run.score('teacher_score')) is not None]
         scores += [way.last for way in self.teacher if way.last is not None]
         return scores[0] - self.alone.last if scores and self.alone and self.alone.last is not None else None
 
@@ -91,12 +93,16 @@ class Page:
         """Guesses of its teacher, or for a way without one of the first that is known, and its name among them."""
         return self.teachers.get(way, (None, None) if way.taught else (self.guesses, self.who))
 
+    def beside(self, told, way):
+        """What teacher_of tells, of the teacher that has learned beside this very student, if one has."""
+        return (told, 'teacher') if 'teacher' in told else self.teacher_of(way)
+
     def agreement(self, way):
         """Percent of the guesses that are the teacher's, or None."""
-        guesses, who = self.teacher_of(way)
-        if guesses is None:
-            return None
-        return way.mean_of(lambda told: 100 * np.mean(told['student'][0] == guesses[who][0]))
+        def of_one(told):
+            guesses, who = self.beside(told, way)
+            return 100 * np.mean(told['student'][0] == guesses[who][0])
+        return None if self.teacher_of(way)[0] is None else way.mean_of(of_one)
 
     def final(self):
         rows = []
@@ -150,11 +156,14 @@ class Page:
             return ''
         ratio, angle = [], []
         for way in self.taught:
-            runs = [[(epoch, much / little) for (epoch, much), (_, little) in zip(
-                run.curve('train', 'balance', 'distillation'), run.curve('train', 'balance', 'labels')) if little]
-                    for run in way.runs]
-            ratio.append({'name': way.name, 'colour': way.colour, 'runs': runs})
-            angle.append(way.line('train', 'balance', 'cosine'))
+            of, labels, cosine = ([dict(run.curve('train', 'balance', name)) for run in way.runs]
+                                  for name in ('distillation', 'labels', 'cosine'))
+            heard = [[epoch for epoch in run if run[epoch]] for run in labels]  # where labels have a gradient
+            ratio.append({'name': way.name, 'colour': way.colour, 'runs': [
+                [(epoch, much[epoch] / little[epoch]) for epoch in epochs]
+                for epochs, much, little in zip(heard, of, labels)]})
+            angle.append({'name': way.name, 'colour': way.colour, 'runs': [
+                [(epoch, angles[epoch]) for epoch in epochs] for epochs, angles in zip(heard, cosine)]})
         return section(
             'Who pulls', 'The gradient of the distillation losses against that of the labels\' cross entropy, over all '
             'of the student\'s weights, in a few updates of each epoch. A ratio of 1 is a fair share; a negative '
@@ -173,7 +182,7 @@ class Page:
             stages = sorted({row['stage'] for run in updates for _, row in run})
             for key, title, factor in (('changed', 'Teacher channels that changed hands, %', 100),
                                        ('cost', 'Cost of a pair, 2 - 2 cos', 1)):
-                lines = [{'name': f'stage {stage + 1}', 'colour': f'var(--m{min(2 * i, 4)})', 'runs': [
+                lines = [{'name': f'stage {i + 1} of {len(stages)}', 'colour': f'var(--m{min(2 * i, 4)})', 'runs': [
                     [(x, factor * row[key]) for x, row in run if row['stage'] == stage and row[key] is not None]
                     for run in updates]} for i, stage in enumerate(stages)]
                 parts.append(curves(f'{title} ({way.name})', lines))
@@ -231,8 +240,7 @@ class Page:
                 'that students with a teacher confuse most.')
         counted, total = {}, Counter()
         for way in (way for way in self.ways if way.predictions and self.teacher_of(way)[0] is not None):
-            known = right(*self.teacher_of(way))
-            found = [confusions(told, 'student', known) for told in way.predictions]
+            found = [confusions(told, 'student', right(*self.beside(told, way))) for told in way.predictions]
             counted[way] = Counter({pair: mean(each.get(pair, 0) for each in found) for pair in set().union(*found)})
             total.update(counted[way] if way.taught else {})
         top = sorted(total, key=lambda pair: (-total[pair], pair))[:SHOWN // 2]
@@ -336,10 +344,10 @@ def teachers_guesses(way, teacher):
     """Predictions, and the name in them of the network that taught, as it was when it did; None if they are gone."""
     file = Path(way.arguments.get('teacher_resume') or '')
     last = file.name in ('last.pth', 'checkpoint.pth')  # of which predictions.npz tells
-    found = [(run.start, 'teacher') for run in way.runs]
+    found = [(run.predictions, 'teacher') for run in way.runs]  # that has learned beside it
+    found += [(run.start, 'teacher') for run in way.runs]
     found += [(run.predictions, 'student') for of in teacher for run in of.runs
               if last and run.folder.resolve() == file.parent.resolve()]
-    found += [(run.predictions, 'teacher') for run in way.runs]  # that has learned beside it
     return next(((told, who) for told, who in found if told and who in told), None)
 
 

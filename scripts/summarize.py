@@ -61,8 +61,8 @@ def read(path):
         refuse(f'{file}: {error.strerror}')
     except (ValueError, KeyError, TypeError):
         refuse(f'{file} is not the result of a run that cifar100.sh or imagenet.sh has named')
-    if len(networks) != (1 if method == 'base' else 2) or (networks[-1], seed) != (run['arch'], str(run['seed'])):
-        pair = [run['teacher_arch']] * ('distiller' in arguments) + [run['arch']]
+    pair = [run['teacher_arch']] * ('distiller' in arguments) + [run['arch']]
+    if len(networks) != (1 if method == 'base' else 2) or [*networks[-len(pair):], seed] != [*pair, str(run['seed'])]:
         refuse(f'{path} trained {run["arch"]} with seed {run["seed"]}, but was called {output.name}: its name is '
                f'METHOD-{"-".join(pair)}-{run["seed"]}, of a METHOD without a dash')
     if arguments['dummy']:

@@ -453,6 +453,8 @@ def test_recipes_of_imagenet_differ_in_schedule_and_in_no_more(ran):
 def test_what_is_no_result(ran, tmp_path):
     assert 'made-up images' in refused(ran('kd-resnet56-resnet20-0', 700, 700, dummy=True))
     assert 'trained resnet8' in refused(ran('kd-resnet56-resnet20-1', 700, 700, arch='resnet8'))
+    taught = ran('kd-resnet56-resnet20-3', 700, 700, distiller=['kd'], teacher_arch='resnet110')
+    assert 'its name is METHOD-resnet110-resnet20-3' in refused(taught)
     assert 'not the result' in refused(ran('kd-1', 700, 700, output='runs/kd'))
     assert 'No such file' in refused(tmp_path / 'nothing')
     (tmp_path / 'begun').mkdir()

@@ -182,16 +182,37 @@ def test_the_teacher_is_the_network_that_taught(tmp_path):
                      for name, file in (('kd', 'best.pth'), ('dml', 'none.pth'), ('sp', 'last.pth')))
     for folder, file, shares in ((kd, 'start.npz', {'teacher': 0.9, 'student': 0.2}), (kd, 'predictions.npz', {
             'student': 0.9}), (late, 'predictions.npz', {'student': 0.1}), (dml, 'predictions.npz', {
-            'student': 0.5, 'teacher': 0.5}), (alone, 'predictions.npz', {'student': 0.4})):
+            'student': 0.5, 'teacher': 0.5}), (alone, 'predictions.npz', {'student': 0.4}),
+            (dml, 'start.npz', {'teacher': 0.0, 'student': 0.2})):  # before either has learned
         guess(folder, file, **shares)
     result = json.loads((kd / 'result.json').read_text())
     (kd / 'result.json').write_text(json.dumps(result | {'teacher_score': {'correct1': 36, 'n': 40}}))
+    result = json.loads((dml / 'result.json').read_text())
+    result['last']['teacher'] = {'correct1': 20, 'n': 40}
+    (dml / 'result.json').write_text(json.dumps(result | {'teacher_score': {'correct1': 0, 'n': 40}}))
     page = Page(*collect([alone, dml, kd, late], []))
     ways = {way.name: way for way in page.ways}
     assert [page.agreement(ways[name]) for name in ('kd', 'dml', 'sp')] == [100] * 3
     assert page.agreement(ways['alone']) == 90  # of the first that taught, DML's: from 40 to 50 % they differ
     assert page.gap(ways['kd']) == 80 and page.gap(ways['sp']) == 0  # 90 and 10 % over 10 %
+    assert page.gap(ways['dml']) == 40
     assert [way.name for way in page.teacher] == ['teacher']
+
+
+def test_curves_of_an_update_tell_what_was_measured(tmp_path):
+    """Labels that count nothing have no angle; stages are numbered as in the pictures of who learns from whom."""
+    kd, silent, mgd = (made_run(tmp_path / f'{name}-0', 'net', 0, 20, 22, method=name)
+                       for name in ('kd', 'simkd', 'mgd'))
+    rows = [{'stage': stage, 'cost': 1.0, 'changed': 0.5} for stage in (1, 2)]  # the student's first has no partner
+    for folder, change in ((silent, {'train': {'balance': {'labels': 0.0, 'distillation': 2.0, 'cosine': 0.0}}}),
+                           (mgd, {'news': {'mgd': rows}})):
+        log = folder / 'log.jsonl'
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        records = [record | {key: record.get(key, {}) | value for key, value in change.items()} for record in records]
+        log.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    page = Page(*collect([kd, silent, mgd], []))
+    assert 'kd' in page.pull().replace('simkd', '') and 'simkd' not in page.pull()
+    assert 'stage 1 of 2' in page.matching() and 'stage 2 of 2' in page.matching() and 'stage 3' not in page.matching()
 
 
 def test_a_teacher_among_the_runs_is_not_the_student_alone(tmp_path):
