@@ -29,6 +29,7 @@ from main_distill import make_parser
 from utils import folder
 from utils.args import SWITCH, base_parser
 from utils.signals import EXIT_INTERRUPTED as INTERRUPTED
+from utils.streams import enduring
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = (INTERRUPTED, -signal.SIGTERM)  # the latter before it could heed one
@@ -273,4 +274,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with enduring():
+        main()

@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -406,6 +407,12 @@ def test_what_is_hidden_is_no_class_and_no_image(images, tmp_path):
         (tmp_path / 'train' / name).write_bytes(photo)
     shown, all_of_it = Folder(images / 'train'), Folder(tmp_path / 'train')
     assert all_of_it.classes == shown.classes and all_of_it.targets == shown.targets
+
+
+def test_a_folder_that_sockets_cannot_be_named_in(images, base, monkeypatch):
+    monkeypatch.setattr(data, 'tempfile', SimpleNamespace(gettempdir=lambda: '/tmp/' + 80 * 'x'))
+    run = base(images, '-j', 1, '--data-backend', 'loader')
+    assert run.code == 1 and 'is too long a path for the sockets' in run.err
 
 
 def test_a_link_to_nothing_may_have_been_a_class(images, tmp_path, base):

@@ -290,3 +290,13 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(images, tmp_path):
     process.stdout.close()  # as of `| head -1`
     assert process.wait(120) == 0
     assert Outcome(0, '', '', tmp_path).json()['finished']
+
+
+def test_ranks_that_were_started_otherwise_are_refused(images, tmp_path):
+    with tempfile.TemporaryDirectory() as place:
+        runs = [start(sys.executable, ROOT / 'main_base.py', *QUICK, images, '--output', tmp_path, '--lr', 0.1 + node,
+                      *SPAWN2[:2], 1, '--world-size', 2, '--rank', node, '--dist-url', f'file://{place}/meet')
+                for node in range(2)]
+        said = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [1, 1]
+    assert said[0].endswith('error: rank 1 was started with another --lr than rank 0\n') and 'Traceback' not in said[1]

@@ -12,6 +12,10 @@ NEUTRAL = {'data', 'teacher_resume', 'student_resume', 'workers', 'print_freq', 
            'dist_timeout', 'multiprocessing_distributed', 'procs_per_node', 'no_accel', 'max_bad_images',
            'max_broken_updates', 'start_epoch', 'data_backend', 'cache_dir', 'inspect', 'skip_first_evaluation'}
 
+# What ranks may be told otherwise: each sees its own machine, and rank 0 alone the output.
+OWN = {'data', 'teacher_resume', 'student_resume', 'workers', 'resume', 'output', 'gpu', 'rank', 'dist_url', 'no_accel',
+       'cache_dir', 'tensorboard', 'overwrite'}
+
 SEEN = {'image_size', 'val_resize_size', 'mean', 'std'}  # how an evaluation sees images
 
 

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import os
 import sys
+import tempfile
 import threading
 import warnings
 from collections import Counter
@@ -227,6 +228,9 @@ def make_loader(images, order, args):
     fork = 'fork' if args.workers and sys.platform == 'linux' else None
     # In a thread (--seeds) nobody is told when a loader process is killed. Without a timeout, torch looks now and then.
     timeout = args.dist_timeout if args.workers and threading.current_thread() is threading.main_thread() else 0
+    if args.workers and len(os.fsencode(tempfile.gettempdir())) > 75:  # sockets are named there, in 107 bytes
+        sys.exit(f'error: TMPDIR {tempfile.gettempdir()} is too long a path for the sockets of loader processes: '
+                 'export a shorter one, or -j 0')
     join = default_collate
     if args.workers and isinstance(order, TrainOrder):  # those on their way, and of each worker its share of an update
         join = Slots(PREFETCH + -(-order.accum // args.workers))

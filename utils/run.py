@@ -26,7 +26,7 @@ import torch
 import torchvision
 
 from . import checkpoint, distributed, folder, signals
-from .args import NEUTRAL, SEEN, completed
+from .args import NEUTRAL, OWN, SEEN, completed
 from .engine import EXIT_BROKEN
 from .errors import one_line
 from .meters import percentages
@@ -41,6 +41,7 @@ APART = 10
 class Run:
     def __init__(self, args, device):
         self.args, self.device = args, device
+        refuse_other_ranks(args)
         self.anew = args.overwrite and not distributed.restarts()  # what torchrun restarts goes on
         self.folder, self.seed, self.saved, self.origin = distributed.from_main(self._open)
         self.progress = {'epoch': args.start_epoch, 'sample': 0, 'sums': {}, 'best': None, 'last': None, 'seconds': 0.0}
@@ -323,6 +324,15 @@ def recorded(args) -> dict:
     """The arguments, with the one number that also follows from how many nodes there are."""
     return json.loads(json.dumps(vars(args) | {
         'global_batch': args.batch_size * distributed.planned(args)[1] * args.accum_steps}))
+
+
+def refuse_other_ranks(args):
+    """End where a rank was started with other flags, or another script, than rank 0."""
+    first, *others = distributed.gather(recorded(args))
+    for rank, theirs in enumerate(others, 1):
+        for name in sorted((first.keys() | theirs.keys()) - OWN):
+            if first.get(name) != theirs.get(name):
+                distributed.stop(f'rank {rank} was started with another --{name.replace("_", "-")} than rank 0')
 
 
 def differing(before: dict, args, keys: set[str] | None = None) -> str:

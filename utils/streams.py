@@ -7,9 +7,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 @contextmanager
 def enduring():
-    """What cannot be printed ends no run."""
-    with redirect_stdout(Enduring(sys.stdout)), redirect_stderr(Enduring(sys.stderr)):
-        yield
+    """What cannot be printed ends no run. A stream that was closed before the start (`>&-`) is None."""
+    with open(os.devnull, 'w') as nowhere:
+        out, err = (Enduring(stream or nowhere) for stream in (sys.stdout, sys.stderr))
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
 
 
 class Enduring:
@@ -28,6 +30,8 @@ class Enduring:
     def _attempt(self, action, *what):
         try:
             action(*what)
+        except UnicodeEncodeError as error:  # of a name that the terminal's encoding lacks
+            action(*(text.encode(error.encoding, 'backslashreplace').decode(error.encoding) for text in what))
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # for ever: what it holds, and all to come, goes nowhere
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
