@@ -50,7 +50,7 @@ def spend(milliseconds, result=1.0):
 def clock(monkeypatch):
     """A process clock that only `spend` moves."""
     spend.now = 0.0
-    monkeypatch.setattr('benchmarks.harness.time.process_time', lambda: spend.now)
+    monkeypatch.setattr('benchmarks.harness.spent', lambda: spend.now)
 
 
 def case(*rows, **variants):
@@ -212,7 +212,7 @@ class Reader(Distiller):
 
 
 def test_methods_are_measured_and_described(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('benchmarks.harness.time.process_time', itertools.count().__next__)  # a second per step
+    monkeypatch.setattr('benchmarks.harness.spent', itertools.count().__next__)  # a second per step
 
     def small(settings):
         table = {name: DISTILLERS[name] for name in ('kd', 'srd', 'mgd', 'fsp')} | {'reader': Reader}
@@ -287,7 +287,7 @@ def test_bytes_of_an_op(run, moved):
 
 
 def test_a_step_is_taken_apart(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('benchmarks.harness.time.process_time', itertools.count().__next__)
+    monkeypatch.setattr('benchmarks.harness.spent', itertools.count().__next__)
     networks = ['--teacher', 'resnet18', '--student', 'shufflenet_v2_x0_5']
     breakdown.main([*networks, '--size', '32', '--batch', '2', '--output', str(tmp_path)])
     record = json.loads((tmp_path / 'breakdown.json').read_text())
