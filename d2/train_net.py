@@ -38,17 +38,18 @@ class Trainer(DefaultTrainer):
                 DatasetCatalog.get(name)  # which tells them
             check_classes(self.cfg, name)
         student, checkpointer = student_of(self.model), self.checkpointer
-        checkpointer.__class__ = Start  # of the one that Detectron2 has given to its hooks already
         # first what the others have to fit
         checkpointer.checkpointables = {'run': Identity(self.cfg, student), **checkpointer.checkpointables}
         if self.cfg.MODEL.DISTILL.METHODS:
             checkpointer.add_checkpointable('distill', student.kd)
 
     def resume_or_load(self, resume=True):
-        super().resume_or_load(resume)
-        anew = not (resume and self.checkpointer.has_checkpoint())
-        if anew and self.cfg.MODEL.WEIGHTS and self.cfg.MODEL.DISTILL.LAST_NORM:
-            check_start(student_of(self.model))
+        if resume and self.checkpointer.has_checkpoint():
+            super().resume_or_load(resume)
+        elif self.cfg.MODEL.WEIGHTS:
+            Start(self.model).load(self.cfg.MODEL.WEIGHTS)
+            if self.cfg.MODEL.DISTILL.LAST_NORM:
+                check_start(student_of(self.model))
 
     @classmethod
     def build_model(cls, cfg):

@@ -156,14 +156,12 @@ class Page:
             return ''
         ratio, angle = [], []
         for way in self.taught:
-            of, labels, cosine = ([dict(run.curve('train', 'balance', name)) for run in way.runs]
-                                  for name in ('distillation', 'labels', 'cosine'))
-            heard = [[epoch for epoch in run if run[epoch]] for run in labels]  # where labels have a gradient
-            ratio.append({'name': way.name, 'colour': way.colour, 'runs': [
-                [(epoch, much[epoch] / little[epoch]) for epoch in epochs]
-                for epochs, much, little in zip(heard, of, labels)]})
-            angle.append({'name': way.name, 'colour': way.colour, 'runs': [
-                [(epoch, angles[epoch]) for epoch in epochs] for epochs, angles in zip(heard, cosine)]})
+            told = [[(epoch, much / little, cosine) for (epoch, much), (_, little), (_, cosine) in zip(*(
+                run.curve('train', 'balance', name) for name in ('distillation', 'labels', 'cosine'))) if little]
+                    for run in way.runs]  # where the labels have a gradient
+            line = {'name': way.name, 'colour': way.colour}
+            ratio.append(line | {'runs': [[(epoch, share) for epoch, share, _ in run] for run in told]})
+            angle.append(line | {'runs': [[(epoch, cosine) for epoch, _, cosine in run] for run in told]})
         return section(
             'Who pulls', 'The gradient of the distillation losses against that of the labels\' cross entropy, over all '
             'of the student\'s weights, in a few updates of each epoch. A ratio of 1 is a fair share; a negative '

@@ -313,3 +313,10 @@ def test_wrong_inputs_end_in_one_line(what, says, plain, images, ship, tmp_path)
     made = ship(*([] if what == 'peer' else [tmp_path]), *args)
     assert made.code == 1 and says in made.err and made.err.count('\n') == 1, made.err
     assert not [path for path in tmp_path.glob('*.md') if path.is_file()] and not list(tmp_path.glob('unchecked*'))
+
+
+def test_it_may_be_stopped(ship, plain, monkeypatch):
+    def stopped(options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(export, 'export', stopped)
+    assert ship(plain, '--format', 'torch').code == 75

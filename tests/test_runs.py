@@ -2,6 +2,7 @@
 import argparse
 import copy
 import errno
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from conftest import ROOT, arguments, assert_close, assert_same, at_call, write_
 import main_base
 from models import create_model
 from models.errors import Unfit
-from utils import checkpoint, distributed, engine, errors, folder, signals
+from utils import checkpoint, distributed, engine, errors, folder, signals, streams
 from utils.data import Images
 from utils.engine import Supervised
 from utils.randomness import generator, seed_everything, seeded
@@ -816,3 +817,14 @@ def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch, numbe
     else:
         folder.lock(tmp_path).close()
         assert (tmp_path / '.lock').read_text() == distributed.launched_by()
+
+
+def test_what_cannot_be_printed_ends_no_run(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='ascii', write_through=True))
+    monkeypatch.setattr(sys, 'stderr', None)  # closed before the start
+    with streams.enduring():
+        print('größer')
+        print('lost', file=sys.stderr)
+        assert not sys.stderr.isatty()
+    assert written.getvalue() == b'gr\\xf6\\xdfer\n'

@@ -328,11 +328,10 @@ def recorded(args) -> dict:
 
 def refuse_other_ranks(args):
     """End where a rank was started with other flags, or another script, than rank 0."""
-    first, *others = distributed.gather(recorded(args))
-    for rank, theirs in enumerate(others, 1):
-        for name in sorted((first.keys() | theirs.keys()) - OWN):
-            if first.get(name) != theirs.get(name):
-                distributed.stop(f'rank {rank} was started with another --{name.replace("_", "-")} than rank 0')
+    first = distributed.from_main(lambda: recorded(args))
+    for rank, differences in enumerate(distributed.gather(differing(first, args, {*first, *vars(args)} - OWN))):
+        if differences:
+            distributed.stop(f'rank {rank} was started otherwise than rank 0, which is "there": {differences}')
 
 
 def differing(before: dict, args, keys: set[str] | None = None) -> str:

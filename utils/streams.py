@@ -34,4 +34,5 @@ class Enduring:
             action(*(text.encode(error.encoding, 'backslashreplace').decode(error.encoding) for text in what))
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # for ever: what it holds, and all to come, goes nowhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                with open(os.devnull, 'w') as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
