@@ -620,6 +620,7 @@ def arguments(name, *options):
     ('mgd_retinanet_R18_R50', ['MODEL.WEIGHTS', 'base_retinanet_R50'], 'of its backbone, '),
     ('base_retinanet_R18', [], 'MODEL.TEACHER is named, and MODEL.DISTILL.METHODS is empty'),
     ('mgd_retinanet_R18_R50', ['DATASETS.TRAIN', ()], 'DATASETS.TRAIN is empty'),
+    ('mgd_retinanet_R18_R50', ['SOLVER.BASE_LR', 1e12], 'infinite or NaN at iteration'),
     ('mgd_retinanet_R18_R50', ['TEST.AUG.ENABLED', True], "TEST.AUG is for the evaluation by Detectron2's"),
     ('mgd_retinanet_R18_R50', ['DATASETS.COCO_FORMAT', "(('odd','TMP/odd.json','TMP/odd'),)",
                                'DATASETS.TEST', ('odd',)], 'odd, which is no folder'),
@@ -686,6 +687,7 @@ def test_bad_input_ends_in_one_line(teachers, coco, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize('options, complaint', [
+    (['DATASETS.TEST', ()], 'DATASETS.TEST is empty'),
     (['MODEL.WEIGHTS', ''], 'MODEL.WEIGHTS is empty'), (['MODEL.RESNETS.DEPTH', 50], 'they do not fit its config'),
     (['MODEL.RETINANET.NUM_CLASSES', 4], 'they do not fit its config'), ([], None)])
 def test_an_evaluation_is_of_the_weights_that_are_named(teachers, coco, tmp_path, monkeypatch, capsys, options,

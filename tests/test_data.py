@@ -446,3 +446,11 @@ def test_an_epoch_before_an_unreadable_evaluation_is_kept(spoiled, base, tmp_pat
     image.write_bytes(whole)
     again = base(*flags)
     assert again.code == 0 and 'resumed from' in again.out and 'Epoch 0 [' not in again.out
+
+
+def test_batches_of_an_evaluation_count_alike(images):
+    """Their weight is the number that Batch declares: none that would be brought to the device with each of them."""
+    args = conftest.arguments(images, '--image-size', '32', '-j', '0')
+    valid = Images(Folder(images / 'valid'), CenterView(32, 37))
+    batch = next(iter(data.make_loader(valid, EvalOrder(range(4), 2, 0, 1), args)))
+    assert batch.weight == 1.0 and isinstance(batch.weight, float) and len(batch.images) == 2

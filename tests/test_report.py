@@ -21,7 +21,7 @@ import compare
 import report
 from guesses import calibration, confusions, ece, per_class
 from report_page import Page, likely
-from svg import powers
+from svg import curves, powers
 from ways import SEED_OR_TIME, collect
 
 from utils import closely
@@ -199,7 +199,7 @@ def test_the_teacher_is_the_network_that_taught(tmp_path):
     assert [way.name for way in page.teacher] == ['teacher']
 
 
-def test_curves_of_an_update_tell_what_was_measured(tmp_path):
+def test_curves_of_an_update_tell_what_was_measured(tmp_path, monkeypatch):
     """Labels that count nothing have no angle; stages are numbered as in the pictures of who learns from whom."""
     kd, silent, mgd = (made_run(tmp_path / f'{name}-0', 'net', 0, 20, 22, method=name)
                        for name in ('kd', 'simkd', 'mgd'))
@@ -210,7 +210,11 @@ def test_curves_of_an_update_tell_what_was_measured(tmp_path):
         records = [json.loads(line) for line in log.read_text().splitlines()]
         records = [record | {key: record.get(key, {}) | value for key, value in change.items()} for record in records]
         log.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    drawn = []
+    monkeypatch.setattr('report_page.curves', lambda title, lines, **_: drawn.extend(lines) or curves(title, lines))
     page = Page(*collect([kd, silent, mgd], []))
+    assert page.pull() and page.matching() and page.ways[0].runs[0].curve('valid', 'top1') == [(0, 50.0), (1, 55.0)]
+    assert {epoch for line in drawn for run in line['runs'] for epoch, _ in run} == {0, 1}  # as the log counts
     assert 'kd' in page.pull().replace('simkd', '') and 'simkd' not in page.pull()
     assert 'stage 1 of 2' in page.matching() and 'stage 2 of 2' in page.matching() and 'stage 3' not in page.matching()
 
